@@ -2,8 +2,8 @@
 
     ids [B, T] -> embed + positions -> layers x (attention, MLP) -> norm -> head -> logits [B, T, V]
 
-Letters: B rows, T new tokens, S cache slots, H hidden, h heads, d = H / h, V vocabulary.
-Zhang et al., OPT: Open Pre-trained Transformer Language Models (2022).
+Letters: B rows, T new tokens, S key slots, H hidden, h heads, d = H / h, E embedding width, V
+vocabulary. Zhang et al., OPT: Open Pre-trained Transformer Language Models (2022).
 """
 
 from __future__ import annotations
@@ -13,31 +13,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
+from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
 
 # The position table starts with two rows that real tokens never use; left pads read row 1.
 POSITION_OFFSET = 2
 LAYER_NORM_EPSILON = 1e-5
+# Rows of a 16-bit head widened at a time: 8192 x 768 floats stay in a CPU's cache, the whole head
+# (50272 rows) would be written to memory and read back at every token, ten times slower.
+HEAD_CHUNK = 8192
 
 
 class Initializer:
-    """Makes the parts of a model with Hugging Face's initial values: normal, zero bias."""
+    """Makes the parts of a model with Hugging Face's initial values: normal, zero bias.
+
+    `OPT` asks for every part by its name in a checkpoint, so another maker can read it from one.
+    """
 
     def __init__(self, config: OPTConfig, rngs: nnx.Rngs, dtype, param_dtype):
         self.normal = jax.nn.initializers.normal(config.init_std)
         self.affine = config.layer_norm_elementwise_affine
         self.kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
-    def linear(self, in_features: int, out_features: int, use_bias: bool) -> nnx.Linear:
+    def linear(self, names: list[str], in_features: int, out_features: int, bias: bool):
+        """One layer for `names`, whose outputs, `out_features` in all, lie side by side."""
         return nnx.Linear(
-            in_features, out_features, use_bias=use_bias, kernel_init=self.normal, **self.kwargs
+            in_features, out_features, use_bias=bias, kernel_init=self.normal, **self.kwargs
         )
 
-    def embed(self, rows: int, features: int) -> nnx.Embed:
+    def embed(self, name: str, rows: int, features: int):
         return nnx.Embed(rows, features, embedding_init=self.normal, **self.kwargs)
 
-    def norm(self, features: int) -> nnx.LayerNorm:
+    def norm(self, name: str, features: int):
         return nnx.LayerNorm(
             features,
             epsilon=LAYER_NORM_EPSILON,
@@ -61,122 +70,214 @@ def apply(layer, x: jax.Array, activation: str | None = None) -> jax.Array:
     return jax.nn.gelu(y, approximate=False) if activation == "gelu" else y
 
 
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q k^T) v, the softmax in float32.
+
+    q: [B, T, h, d], scaled.   k, v: [B, S, h, d].   mask: bool, broadcasts to [B, h, T, S].
+    Returns [B, T, h, d]. A row of the mask that is False throughout (a pad) gives a finite mean.
+    """
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
 class Attention(nnx.Module):
-    """Causal self-attention; q, k and v come from one [H, 3H] product."""
+    """Causal self-attention; q, k and v come from one [3H, H] product."""
 
-    def __init__(self, config: OPTConfig, make: Initializer):
+    def __init__(self, config: OPTConfig, make: Initializer, name: str):
+        H, bias = config.hidden_size, config.enable_bias
         self.num_heads = config.num_attention_heads
-        self.qkv_proj = make.linear(config.hidden_size, 3 * config.hidden_size, config.enable_bias)
-        self.out_proj = make.linear(config.hidden_size, config.hidden_size, config.enable_bias)
+        self.qkv_proj = make.linear([f"{name}.{x}_proj" for x in "qkv"], H, 3 * H, bias)
+        self.out_proj = make.linear([f"{name}.out_proj"], H, H, bias)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None, implementation: str | None):
-        """x: [B, T, H].   mask: bool [B, 1, T, T], None for plain causal.   Returns [B, T, H]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        implementation: str | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ):
+        """x: [B, T, H].   mask: bool [B, 1, T, S], or None for plain causal where S = T.
+
+        Returns [B, T, H] and the keys and values attended to, [B, S, h, d] each.
+        """
         B, T, H = x.shape
         qkv = apply(self.qkv_proj, x).reshape(B, T, 3, self.num_heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, h, d]
         q = q * q.shape[-1] ** -0.5  # after the bias, as OPT was trained
-        y = jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=1.0, is_causal=mask is None, implementation=implementation
-        )
-        return apply(self.out_proj, y.reshape(B, T, H))
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+        if implementation is None:
+            mask = jnp.tril(jnp.ones((T, T), bool)) if mask is None else mask
+            y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        else:
+            y = jax.nn.dot_product_attention(
+                q,
+                k.astype(q.dtype),
+                v.astype(q.dtype),
+                mask=mask,
+                scale=1.0,
+                is_causal=mask is None,
+                implementation=implementation,
+            )
+        return apply(self.out_proj, y.reshape(B, T, H)), (k, v)
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: OPTConfig, make: Initializer):
+    def __init__(self, config: OPTConfig, make: Initializer, name: str):
+        H, F, bias = config.hidden_size, config.ffn_dim, config.enable_bias
         self.pre_norm = config.do_layer_norm_before
         self.activation = config.activation_function
-        self.self_attn_layer_norm = make.norm(config.hidden_size)
-        self.self_attn = Attention(config, make)
-        self.final_layer_norm = make.norm(config.hidden_size)
-        self.fc1 = make.linear(config.hidden_size, config.ffn_dim, config.enable_bias)
-        self.fc2 = make.linear(config.ffn_dim, config.hidden_size, config.enable_bias)
+        self.self_attn_layer_norm = make.norm(f"{name}.self_attn_layer_norm", H)
+        self.self_attn = Attention(config, make, f"{name}.self_attn")
+        self.final_layer_norm = make.norm(f"{name}.final_layer_norm", H)
+        self.fc1 = make.linear([f"{name}.fc1"], H, F, bias)
+        self.fc2 = make.linear([f"{name}.fc2"], F, H, bias)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None, implementation: str | None):
-        """x: [B, T, H].   Returns [B, T, H]."""
-        y = self.self_attn_layer_norm(x) if self.pre_norm else x
-        x = x + self.self_attn(y, mask, implementation)
+    def __call__(self, x: jax.Array, *attention):
+        """x: [B, T, H]; `attention` goes to `Attention`.   Returns [B, T, H] and (keys, values)."""
+        y, kv = self.self_attn(self.self_attn_layer_norm(x) if self.pre_norm else x, *attention)
+        x = x + y
         x = x if self.pre_norm else self.self_attn_layer_norm(x)
         y = self.final_layer_norm(x) if self.pre_norm else x
         x = x + apply(self.fc2, apply(self.fc1, y, self.activation))
-        return x if self.pre_norm else self.final_layer_norm(x)
+        return x if self.pre_norm else self.final_layer_norm(x), kv
 
 
 class OPT(nnx.Module):
     """The whole decoder with its head.
 
+    rngs: draws the initial parameters.   param_dtype: of those parameters.
     dtype: of activations and products; softmax, norm statistics and logits are float32.
-    param_dtype: of the parameters made here.
-    attention_implementation: None, "xla" or "cudnn", as in `jax.nn.dot_product_attention`;
+    attention_implementation: None, or "xla" or "cudnn" for `jax.nn.dot_product_attention`;
       "cudnn" needs a CUDA GPU and a 16-bit dtype.
+    make: makes the parts instead of drawing them from `rngs` (`load` passes one).
     """
 
     def __init__(
         self,
         config: OPTConfig,
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         attention_implementation: str | None = None,
+        make: Initializer | None = None,
     ):
-        make = Initializer(config, rngs, dtype, param_dtype)
+        if make is None:
+            if rngs is None:
+                raise ValueError("OPT: pass rngs=nnx.Rngs(seed) to draw initial parameters from.")
+            make = Initializer(config, rngs, dtype, param_dtype)
         self.config = config
-        self.dtype = dtype
+        self.dtype = jnp.dtype(dtype)
         self.attention_implementation = attention_implementation
+        H, E, V = config.hidden_size, config.word_embed_proj_dim, config.vocab_size
         rows = config.max_position_embeddings + POSITION_OFFSET
-        self.embed_tokens = make.embed(config.vocab_size, config.word_embed_proj_dim)
-        self.embed_positions = make.embed(rows, config.hidden_size)
+        self.embed_tokens = make.embed("embed_tokens", V, E)
+        self.embed_positions = make.embed("embed_positions", rows, H)
         self.project_in = self.project_out = nnx.data(None)
         if config.has_projections:
-            self.project_in = make.linear(config.word_embed_proj_dim, config.hidden_size, False)
-            self.project_out = make.linear(config.hidden_size, config.word_embed_proj_dim, False)
+            self.project_in = make.linear(["project_in"], E, H, False)
+            self.project_out = make.linear(["project_out"], H, E, False)
         self.layers = nnx.List(
-            [DecoderLayer(config, make) for _ in range(config.num_hidden_layers)]
+            [DecoderLayer(config, make, f"layers.{i}") for i in range(config.num_hidden_layers)]
         )
         self.final_layer_norm = nnx.data(None)
         if config.has_final_layer_norm:
-            self.final_layer_norm = make.norm(config.hidden_size)
+            self.final_layer_norm = make.norm("final_layer_norm", H)
         self.lm_head = nnx.data(None)
         if not config.tie_word_embeddings:
-            self.lm_head = make.linear(config.word_embed_proj_dim, config.vocab_size, False)
+            self.lm_head = make.linear(["lm_head"], E, V, False)
 
-    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ):
         """Logits of the next token after every position.
 
         input_ids: int [B, T].   attention_mask: [B, T], nonzero for tokens, zero for left pads;
-        None when there are none.   Returns float32 [B, T, V]; rows at pads mean nothing.
+        None when there are none.   cache: holds what came before, with T free slots at least.
+        last_only: logits after the last position alone, T = 1 in the result.
+        Returns float32 [B, T, V], and the cache with the new tokens in it if one was passed. Rows
+        at pads mean nothing. Raises ValueError where shapes disagree.
         """
-        T = input_ids.shape[1]
-        if attention_mask is None:
+        B, T = self._check(input_ids, attention_mask, cache)
+        if cache is not None:
+            new = jnp.ones((B, T), bool) if attention_mask is None else attention_mask != 0
+            valid, positions, mask = cache.mark(new)
+        elif attention_mask is None:
             positions, mask = jnp.arange(T)[None], None
         else:
-            valid = attention_mask.astype(jnp.int32)
-            positions = jnp.cumsum(valid, axis=1) * valid - 1
-            causal = jnp.tril(jnp.ones((T, T), bool))
-            mask = causal & (valid > 0)[:, None, None, :]
+            new = attention_mask.astype(jnp.int32)
+            positions = jnp.cumsum(new, axis=1) * new - 1
+            mask = jnp.tril(jnp.ones((T, T), bool)) & (new > 0)[:, None, None, :]
+
         x = self.embed_tokens.embedding[...][input_ids].astype(self.dtype)
         if self.project_in is not None:
             x = apply(self.project_in, x)
         x = x + self.embed_positions.embedding[...][positions + POSITION_OFFSET].astype(self.dtype)
-        for layer in self.layers:
-            x = layer(x, mask, self.attention_implementation)
+        written = []
+        for i, layer in enumerate(self.layers):
+            x, kv = layer(x, mask, self.attention_implementation, cache, i)
+            written.append(kv)
+        if last_only:
+            x = x[:, -1:]
         if self.final_layer_norm is not None:
             x = self.final_layer_norm(x)
         if self.project_out is not None:
             x = apply(self.project_out, x)
-        return self._head(x)
+        logits = self._head(x)
+        if cache is None:
+            return logits
+        keys, values = zip(*written, strict=True) if written else ((), ())
+        return logits, KVCache(keys, values, valid, cache.length + T)
+
+    def _check(self, input_ids, attention_mask, cache) -> tuple[int, int]:
+        if input_ids.ndim != 2:
+            raise ValueError(
+                f"OPT: input_ids has shape {input_ids.shape}; pass [B, T], a row per sequence."
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"OPT: attention_mask is {attention_mask.shape} but input_ids is "
+                f"{input_ids.shape}; pass a mask of the ids' own shape."
+            )
+        B, T = input_ids.shape
+        if cache is not None and (cache.valid.shape[0] != B or cache.slots < T):
+            raise ValueError(
+                f"OPT: input_ids is {input_ids.shape} but the cache has {cache.valid.shape[0]} "
+                f"rows of {cache.slots} slots; make one with KVCache.create(config, {B}, slots)."
+            )
+        return B, T
 
     def _head(self, x: jax.Array) -> jax.Array:
         """[B, T, E] -> float32 [B, T, V]; 16-bit products accumulate and stay in float32."""
-        if self.lm_head is None:
-            kernel, contract = self.embed_tokens.embedding[...], 1  # [V, E]
-        elif isinstance(self.lm_head, nnx.Linear):
-            kernel, contract = self.lm_head.kernel[...], 0  # [E, V]
-        else:
+        if self.lm_head is not None and not isinstance(self.lm_head, nnx.Linear):
             return apply(self.lm_head, x).astype(jnp.float32)
-        return jax.lax.dot_general(
-            x,
-            kernel.astype(x.dtype),
-            (((2,), (contract,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        table = self.embed_tokens.embedding[...]  # [V, E]
+        if self.lm_head is not None:
+            table = self.lm_head.kernel[...].T
+
+        def logits(rows: jax.Array) -> jax.Array:
+            return lax.dot_general(
+                x,
+                rows.astype(x.dtype),
+                (((2,), (1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+
+        V = table.shape[0]
+        if table.dtype.itemsize >= x.dtype.itemsize or V <= HEAD_CHUNK:
+            return logits(table)
+
+        def chunk(i, y):
+            start = jnp.minimum(i * HEAD_CHUNK, V - HEAD_CHUNK)  # the last one overlaps
+            rows = lax.dynamic_slice_in_dim(table, start, HEAD_CHUNK)
+            return lax.dynamic_update_slice_in_dim(y, logits(rows), start, axis=2)
+
+        return lax.fori_loop(0, -(-V // HEAD_CHUNK), chunk, jnp.zeros((*x.shape[:2], V)))

@@ -1,0 +1,68 @@
+"""The key-value cache: slots written once, read by every later token.
+
+    keys, values  per layer [B, S, h, d]     S slots, allocated up front
+    valid         bool [B, S]                False for left pads and for slots not yet written
+    length        int32 []                   slots written so far, pads included
+
+It is a pytree and every forward returns a new one: donate it to `jax.jit` and the buffers are
+updated in place, at addresses that stay put.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_flashllm.models.config import OPTConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    valid: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def create(cls, config: OPTConfig, batch: int, slots: int, dtype: Any) -> KVCache:
+        """An empty cache for `batch` rows of `slots` tokens, in float16, bfloat16 or float32."""
+        shape = (batch, slots, config.num_attention_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        return cls(
+            keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
+            values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+            valid=jnp.zeros((batch, slots), bool),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    @property
+    def slots(self) -> int:
+        return self.valid.shape[1]
+
+    def mark(self, new: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Where T new tokens stand, of which `new`, bool [B, T], says which are not pads.
+
+        Returns valid [B, S] after them, their positions [B, T] (-1 at pads) and the attention
+        mask [B, 1, T, S]: slot s is open to new token t when it is valid and not after it.
+        """
+        T = new.shape[1]
+        count = new.astype(jnp.int32)
+        seen = jnp.sum(self.valid, axis=1, keepdims=True, dtype=jnp.int32)
+        positions = (seen + jnp.cumsum(count, axis=1)) * count - 1
+        valid = lax.dynamic_update_slice(self.valid, new, (0, self.length))
+        causal = jnp.arange(self.slots) <= self.length + jnp.arange(T)[:, None]
+        return valid, positions, causal & valid[:, None, None, :]
+
+    def write(self, layer: int, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Layer `layer`'s keys and values with k and v, [B, T, h, d], put at the next slots."""
+        start = (0, self.length, 0, 0)
+        keys, values = self.keys[layer], self.values[layer]
+        return (
+            lax.dynamic_update_slice(keys, k.astype(keys.dtype), start),
+            lax.dynamic_update_slice(values, v.astype(values.dtype), start),
+        )
