@@ -1,0 +1,111 @@
+// The Python module _flashllm: registrations and the encoders. Nothing is computed here.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include "bitmap.h"
+#include "cpu/encode.h"
+#include "cpu/handlers.h"
+#include "tiled_csl.h"
+#ifdef FLASHLLM_CUDA
+#include "cuda/handlers.h"
+#endif
+
+namespace nb = nanobind;
+
+namespace flashllm {
+namespace {
+
+using Dense = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <typename T>
+using Out = nb::ndarray<nb::numpy, T>;
+
+// A NumPy array that owns its memory; 64-byte aligned, so that XLA can adopt it as it is.
+template <typename T>
+Out<T> Allocate(std::initializer_list<size_t> shape) {
+  size_t n = 1;
+  for (size_t s : shape) n *= s;
+  T* data = static_cast<T*>(::operator new[](n * sizeof(T), std::align_val_t(64)));
+  nb::capsule owner(data, [](void* p) noexcept { ::operator delete[](p, std::align_val_t(64)); });
+  return Out<T>(data, shape, owner);
+}
+
+DenseView View(const Dense& w, int64_t shards) {
+  return {w.data(), static_cast<int64_t>(w.shape(0)), static_cast<int64_t>(w.shape(1)), shards};
+}
+
+nb::tuple EncodeBitmap(Dense w, int64_t shards) {
+  const DenseView v = View(w, shards);
+  const bitmap::Dims d(bitmap::CeilDiv(v.rows, shards), v.cols);
+  auto masks = Allocate<uint32_t>({size_t(shards), size_t(d.bands), size_t(d.tiles), 32});
+  auto offsets = Allocate<uint32_t>({size_t(shards), size_t(d.offsets())});
+  int64_t capacity;
+  {
+    nb::gil_scoped_release release;
+    capacity = CountBitmap(v, masks.data(), offsets.data());
+  }
+  auto values = Allocate<uint16_t>({size_t(shards), size_t(capacity)});
+  {
+    nb::gil_scoped_release release;
+    FillBitmap(v, masks.data(), offsets.data(), capacity, values.data());
+  }
+  return nb::make_tuple(masks, offsets, values);
+}
+
+nb::tuple EncodeTiledCsl(Dense w, int64_t shards) {
+  const DenseView v = View(w, shards);
+  const tiled_csl::Dims d(bitmap::CeilDiv(v.rows, shards), v.cols);
+  auto offsets = Allocate<uint32_t>({size_t(shards), size_t(d.offsets())});
+  int64_t capacity;
+  {
+    nb::gil_scoped_release release;
+    capacity = CountTiledCsl(v, offsets.data());
+  }
+  auto positions = Allocate<uint16_t>({size_t(shards), size_t(capacity)});
+  auto values = Allocate<uint16_t>({size_t(shards), size_t(capacity)});
+  {
+    nb::gil_scoped_release release;
+    FillTiledCsl(v, offsets.data(), capacity, positions.data(), values.data());
+  }
+  return nb::make_tuple(positions, offsets, values);
+}
+
+nb::capsule Capsule(XLA_FFI_Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+nb::dict CpuTargets() {
+  nb::dict t;
+  t["flashllm_spmm_bitmap_v1"] = Capsule(kSpmmBitmapCpu);
+  t["flashllm_spmm_tiled_csl_v1"] = Capsule(kSpmmTiledCslCpu);
+  t["flashllm_decode_bitmap_v1"] = Capsule(kDecodeBitmapCpu);
+  t["flashllm_decode_tiled_csl_v1"] = Capsule(kDecodeTiledCslCpu);
+  t["flashllm_sample_bitmap_v1"] = Capsule(kSampleBitmapCpu);
+  t["flashllm_sample_tiled_csl_v1"] = Capsule(kSampleTiledCslCpu);
+  return t;
+}
+
+}  // namespace
+
+NB_MODULE(_flashllm, m) {
+  m.def("encode_bitmap", &EncodeBitmap, nb::arg("dense"), nb::arg("shards"));
+  m.def("encode_tiled_csl", &EncodeTiledCsl, nb::arg("dense"), nb::arg("shards"));
+  m.def("cpu_targets", &CpuTargets);
+  m.def("cpu_kernels", &ActiveKernels);
+  m.def("select_cpu_kernels", &SelectKernels, nb::arg("name"));
+#ifdef FLASHLLM_CUDA
+  m.def("cuda_targets", [] {
+    nb::dict targets;
+    for (const auto& t : cuda::Targets()) {
+      nb::dict stages;
+      stages["initialize"] = Capsule(t.initialize);
+      stages["execute"] = Capsule(t.execute);
+      targets[t.name] = stages;
+    }
+    return targets;
+  });
+#endif
+}
+
+}  // namespace flashllm

@@ -1,0 +1,25 @@
+// Encoders of dense 16-bit matrices, in C++ on all cores. Bits decide: a weight is stored
+// unless all sixteen are zero, so -0.0, NaN payloads and subnormals survive.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace flashllm {
+
+struct DenseView {
+  const uint16_t* data;  // row-major
+  int64_t rows, cols;    // M, K
+  int64_t shards;        // row blocks of ceil(M / shards)
+};
+
+// Both run in two calls: the first sizes `values` (the largest shard, in elements), so
+// that the caller allocates; the second fills. Buffers are [shards, ...], row-major.
+int64_t CountBitmap(const DenseView& w, uint32_t* masks, uint32_t* offsets);
+void FillBitmap(const DenseView& w, const uint32_t* masks, const uint32_t* offsets,
+                int64_t capacity, uint16_t* values);
+
+int64_t CountTiledCsl(const DenseView& w, uint32_t* offsets);
+void FillTiledCsl(const DenseView& w, const uint32_t* offsets, int64_t capacity,
+                  uint16_t* positions, uint16_t* values);
+
+}  // namespace flashllm

@@ -1,0 +1,78 @@
+// What one instruction set provides, and how the band kernels are called.
+//
+// A band kernel multiplies one band of W (16 rows of a bitmap, 128 of a Tiled-CSL) with a
+// group of `tokens` columns of x and writes fp32 sums[token][row]. Conversion, bias and
+// activation are the caller's.
+#pragma once
+#include <cstdint>
+
+#include "../bitmap.h"
+#include "half.h"
+
+namespace flashllm {
+
+constexpr int kMaxTokens = 32;  // a group: 16 KiB of accumulators, half an L1
+
+// x as the bitmap kernels read it, for each tile, step i and token: columns 16 t + 4 i + 0..3
+// of the tile for t = 0..3, each four written twice (rows g and g + 8 of a lane's byte).
+// fp32: 32 floats [tiles][4][tokens][32]; bf16: the same with halfwords.
+struct BitmapBand {
+  const uint32_t* masks;    // this band's [tiles][32]
+  const uint32_t* offsets;  // this band's [blocks + 1]
+  const uint16_t* values;   // the shard's, `capacity` of them
+  int64_t capacity;
+  int64_t tiles;
+  const void* x;
+  int tokens;
+};
+
+struct TiledCslBand {
+  const uint16_t* positions;  // the shard's
+  const uint16_t* values;
+  const uint32_t* offsets;  // this band's [tiles + 1]
+  int64_t capacity;
+  int64_t tiles;
+  const float* x;  // [tiles * 64][tokens]
+  int tokens;
+};
+
+enum class Status {
+  kOk,
+  kOutOfRange,  // an offset or a mask points outside `values`
+  kSubnormal,   // bf16 dot only: the instruction would flush a subnormal weight to zero
+};
+
+using BitmapFn = Status (*)(const BitmapBand&, float* sums);
+using TiledCslFn = Status (*)(const TiledCslBand&, float* sums);
+
+struct Kernels {
+  const char* name;
+  BitmapFn bitmap_f16, bitmap_bf16;
+  BitmapFn bitmap_bf16_dot;  // x in bf16; null where the instruction is missing
+  TiledCslFn csl_f16, csl_bf16;
+};
+
+extern const Kernels kPortableKernels;
+#ifdef FLASHLLM_X86
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// Values of one block, readable for 32 elements past its end. The last blocks of a shard
+// are copied to `scratch`, after their masks were counted; null if they reach outside.
+static inline const uint16_t* BlockValues(const BitmapBand& band, int64_t block,
+                                          uint16_t (&scratch)[bitmap::kBlockWeights + 32]) {
+  const int64_t first = static_cast<int64_t>(band.offsets[block]) * bitmap::kVector;
+  if (first + bitmap::kBlockWeights + 32 <= band.capacity) return band.values + first;
+  const int64_t tile = block * bitmap::kBlockTiles;
+  const int64_t end =
+      tile + bitmap::kBlockTiles < band.tiles ? tile + bitmap::kBlockTiles : band.tiles;
+  int64_t count = 0;
+  for (int64_t i = tile * bitmap::kLanes; i < end * bitmap::kLanes; ++i)
+    count += __builtin_popcount(band.masks[i]);
+  if (first + count > band.capacity) return nullptr;
+  std::memcpy(scratch, band.values + first, count * sizeof(uint16_t));
+  return scratch;
+}
+
+}  // namespace flashllm

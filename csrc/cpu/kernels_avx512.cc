@@ -1,0 +1,241 @@
+// AVX-512 with VBMI2: vpexpandw turns a mask and a run of nonzeros into 32 dense weights.
+//
+// One 32-bit mask covers step i of lanes 4g..4g+3, so an expanded register holds, for
+// t = 0..3, four weights of row g and four of row g + 8. fp32 path: its halves become two
+// registers of 16 floats, multiplied with x written twice; lanes 0-3 and 8-11 of an
+// accumulator then sum row g, lanes 4-7 and 12-15 row g + 8.
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "tiled_csl_band.h"
+
+namespace flashllm {
+namespace {
+
+using namespace bitmap;
+
+// The lane-major mask words of a tile as expand masks, m[8 i + g].
+inline void TileMasks(const uint32_t* masks, uint32_t (&m)[kLanes]) {
+  // Byte (t, i) of quad g to byte (i, t): inside 128-bit lanes; then word (g, i) to (i, g).
+  const __m512i bytes =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i a = _mm512_shuffle_epi8(_mm512_loadu_si512(masks), bytes);
+  const __m512i b = _mm512_shuffle_epi8(_mm512_loadu_si512(masks + 16), bytes);
+  const __m512i low = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(2));
+  _mm512_storeu_si512(m, _mm512_permutex2var_epi32(a, low, b));
+  _mm512_storeu_si512(m + 16, _mm512_permutex2var_epi32(a, high, b));
+}
+
+// Loads first, expands in the register: the memory form of vpexpandw is slower, and callers
+// guarantee 32 readable elements.
+inline __m512i Expand(uint32_t mask, const uint16_t* p) {
+  return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p));
+}
+
+template <Half H>
+inline __m512 ToFloat(__m256i h) {
+  if constexpr (H == Half::kF16) return _mm512_cvtph_ps(h);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+template <Half H>
+inline void ToFloats(__m512i v, __m512& low, __m512& high) {
+  low = ToFloat<H>(_mm512_castsi512_si256(v));
+  high = ToFloat<H>(_mm512_extracti64x4_epi64(v, 1));
+}
+
+// Sums of rows g and g + 8.
+inline void StoreRows(__m512 acc, float* sums, int g) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(acc), _mm512_extractf32x8_ps(acc, 1));
+  __m128 top = _mm256_castps256_ps128(half), bottom = _mm256_extractf128_ps(half, 1);
+  const __m128 pair = _mm_hadd_ps(top, bottom);
+  const __m128 one = _mm_hadd_ps(pair, pair);
+  sums[g] = _mm_cvtss_f32(one);
+  sums[g + 8] = _mm_cvtss_f32(_mm_movehdup_ps(one));
+}
+
+template <Half H>
+Status OneToken(const BitmapBand& band, float* sums) {
+  const float* x = static_cast<const float*>(band.x);
+  uint16_t scratch[kBlockWeights + 32];
+  const uint16_t* p = nullptr;
+  __m512 acc[8];
+  for (auto& a : acc) a = _mm512_setzero_ps();
+  for (int64_t tile = 0; tile < band.tiles; ++tile) {
+    if (tile % kBlockTiles == 0 && !(p = BlockValues(band, tile / kBlockTiles, scratch)))
+      return Status::kOutOfRange;
+    uint32_t m[kLanes];
+    TileMasks(band.masks + tile * kLanes, m);
+    for (int i = 0; i < kSteps; ++i, x += 32) {
+      const __m512 x0 = _mm512_loadu_ps(x), x1 = _mm512_loadu_ps(x + 16);
+#pragma GCC unroll 8
+      for (int g = 0; g < 8; ++g) {
+        const uint32_t mask = m[8 * i + g];
+        __m512 low, high;
+        ToFloats<H>(Expand(mask, p), low, high);
+        p += __builtin_popcount(mask);
+        acc[g] = _mm512_fmadd_ps(low, x0, acc[g]);
+        acc[g] = _mm512_fmadd_ps(high, x1, acc[g]);
+      }
+    }
+  }
+  for (int g = 0; g < 8; ++g) StoreRows(acc[g], sums, g);
+  return Status::kOk;
+}
+
+// Starts of the four step runs of a tile; returns the tile's end.
+inline const uint16_t* StepRuns(const uint16_t* p, const uint32_t (&m)[kLanes],
+                                const uint16_t* (&run)[kSteps]) {
+  for (int i = 0; i < kSteps; ++i) {
+    run[i] = p;
+    for (int g = 0; g < 8; ++g) p += __builtin_popcount(m[8 * i + g]);
+  }
+  return p;
+}
+
+// Several tokens: two rows of a tile (128 weights) stay in eight registers while every token
+// passes. A multiply-add takes its x from memory, so loads and arithmetic both run full.
+template <Half H>
+Status ManyTokens(const BitmapBand& band, float* sums) {
+  const int n = band.tokens;
+  const float* x = static_cast<const float*>(band.x);
+  uint16_t scratch[kBlockWeights + 32];
+  const uint16_t* p = nullptr;
+  alignas(64) float acc[8 * kMaxTokens * 16];
+  std::memset(acc, 0, sizeof(float) * 8 * 16 * n);
+  for (int64_t tile = 0; tile < band.tiles; ++tile, x += kSteps * n * 32) {
+    if (tile % kBlockTiles == 0 && !(p = BlockValues(band, tile / kBlockTiles, scratch)))
+      return Status::kOutOfRange;
+    uint32_t m[kLanes];
+    const uint16_t* run[kSteps];
+    TileMasks(band.masks + tile * kLanes, m);
+    p = StepRuns(p, m, run);
+    for (int g = 0; g < 8; ++g) {
+      __m512 w[2 * kSteps];
+      for (int i = 0; i < kSteps; ++i) {
+        const uint32_t mask = m[8 * i + g];
+        ToFloats<H>(Expand(mask, run[i]), w[2 * i], w[2 * i + 1]);
+        run[i] += __builtin_popcount(mask);
+      }
+      float* a = acc + g * n * 16;
+      const float* xt = x;
+      for (int t = 0; t < n; ++t, a += 16, xt += 32) {
+        __m512 sum = _mm512_load_ps(a), other = _mm512_setzero_ps();
+        for (int i = 0; i < kSteps; ++i) {
+          sum = _mm512_fmadd_ps(w[2 * i], _mm512_loadu_ps(xt + i * n * 32), sum);
+          other = _mm512_fmadd_ps(w[2 * i + 1], _mm512_loadu_ps(xt + i * n * 32 + 16), other);
+        }
+        _mm512_store_ps(a, _mm512_add_ps(sum, other));
+      }
+    }
+  }
+  for (int g = 0; g < 8; ++g)
+    for (int t = 0; t < n; ++t)
+      StoreRows(_mm512_load_ps(acc + (g * n + t) * 16), sums + t * kBandRows, g);
+  return Status::kOk;
+}
+
+template <Half H>
+Status BitmapAvx512(const BitmapBand& band, float* sums) {
+  return band.tokens == 1 ? OneToken<H>(band, sums) : ManyTokens<H>(band, sums);
+}
+
+// bf16 pairs multiplied as they come out of the expand. The instruction reads subnormals as
+// zero: a band that holds one is reported and done again in fp32.
+inline __mmask32 Subnormal(__m512i v) {
+  const __mmask32 zero_exponent = _mm512_testn_epi16_mask(v, _mm512_set1_epi16(0x7f80));
+  return _mm512_mask_test_epi16_mask(zero_exponent, v, _mm512_set1_epi16(0x007f));
+}
+
+Status DotOneToken(const BitmapBand& band, float* sums) {
+  const uint16_t* x = static_cast<const uint16_t*>(band.x);
+  uint16_t scratch[kBlockWeights + 32];
+  const uint16_t* p = nullptr;
+  __mmask32 subnormal = 0;
+  __m512 acc[8];
+  for (auto& a : acc) a = _mm512_setzero_ps();
+  for (int64_t tile = 0; tile < band.tiles; ++tile) {
+    if (tile % kBlockTiles == 0 && !(p = BlockValues(band, tile / kBlockTiles, scratch)))
+      return Status::kOutOfRange;
+    uint32_t m[kLanes];
+    TileMasks(band.masks + tile * kLanes, m);
+    for (int i = 0; i < kSteps; ++i, x += 32) {
+      const __m512i x0 = _mm512_loadu_si512(x);
+#pragma GCC unroll 8
+      for (int g = 0; g < 8; ++g) {
+        const uint32_t mask = m[8 * i + g];
+        const __m512i v = Expand(mask, p);
+        p += __builtin_popcount(mask);
+        subnormal |= Subnormal(v);
+        acc[g] = _mm512_dpbf16_ps(acc[g], (__m512bh)v, (__m512bh)x0);
+      }
+    }
+  }
+  if (subnormal) return Status::kSubnormal;
+  // An accumulator lane holds a pair of columns: lanes 0, 1 row g, lanes 2, 3 row g + 8, ...
+  const __m512i rows = _mm512_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  for (int g = 0; g < 8; ++g) StoreRows(_mm512_permutexvar_ps(rows, acc[g]), sums, g);
+  return Status::kOk;
+}
+
+Status DotManyTokens(const BitmapBand& band, float* sums) {
+  const int n = band.tokens;
+  const uint16_t* x = static_cast<const uint16_t*>(band.x);
+  uint16_t scratch[kBlockWeights + 32];
+  const uint16_t* p = nullptr;
+  __mmask32 subnormal = 0;
+  alignas(64) float acc[8 * kMaxTokens * 16];
+  std::memset(acc, 0, sizeof(float) * 8 * 16 * n);
+  for (int64_t tile = 0; tile < band.tiles; ++tile, x += kSteps * n * 32) {
+    if (tile % kBlockTiles == 0 && !(p = BlockValues(band, tile / kBlockTiles, scratch)))
+      return Status::kOutOfRange;
+    uint32_t m[kLanes];
+    const uint16_t* run[kSteps];
+    TileMasks(band.masks + tile * kLanes, m);
+    p = StepRuns(p, m, run);
+    for (int g = 0; g < 8; g += 2) {  // four rows: each x is loaded for two multiplications
+      __m512i w[2][kSteps];
+      for (int r = 0; r < 2; ++r)
+        for (int i = 0; i < kSteps; ++i) {
+          const uint32_t mask = m[8 * i + g + r];
+          w[r][i] = Expand(mask, run[i]);
+          run[i] += __builtin_popcount(mask);
+          subnormal |= Subnormal(w[r][i]);
+        }
+      float* a = acc + g * n * 16;
+      float* b = a + n * 16;
+      const uint16_t* xt = x;
+      for (int t = 0; t < n; ++t, a += 16, b += 16, xt += 32) {
+        __m512 sa = _mm512_load_ps(a), sb = _mm512_load_ps(b);
+        for (int i = 0; i < kSteps; ++i) {
+          const __m512i xi = _mm512_loadu_si512(xt + i * n * 32);
+          sa = _mm512_dpbf16_ps(sa, (__m512bh)w[0][i], (__m512bh)xi);
+          sb = _mm512_dpbf16_ps(sb, (__m512bh)w[1][i], (__m512bh)xi);
+        }
+        _mm512_store_ps(a, sa);
+        _mm512_store_ps(b, sb);
+      }
+    }
+  }
+  if (subnormal) return Status::kSubnormal;
+  const __m512i rows = _mm512_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  for (int g = 0; g < 8; ++g)
+    for (int t = 0; t < n; ++t)
+      StoreRows(_mm512_permutexvar_ps(rows, _mm512_load_ps(acc + (g * n + t) * 16)),
+                sums + t * kBandRows, g);
+  return Status::kOk;
+}
+
+Status BitmapBf16Dot(const BitmapBand& band, float* sums) {
+  return band.tokens == 1 ? DotOneToken(band, sums) : DotManyTokens(band, sums);
+}
+
+}  // namespace
+
+const Kernels kAvx512Kernels = {
+    "avx512",      BitmapAvx512<Half::kF16>,       BitmapAvx512<Half::kBF16>,
+    BitmapBf16Dot, TiledCslBandKernel<Half::kF16>, TiledCslBandKernel<Half::kBF16>,
+};
+
+}  // namespace flashllm

@@ -1,0 +1,79 @@
+"""Encoded weights: `encode` and the two formats it writes."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashllm import _flashllm
+from jax_flashllm.formats.bitmap import Bitmap
+from jax_flashllm.formats.tiled_csl import PADDING, TiledCSL
+from jax_flashllm.formats.weight import SparseWeight, check_dense, words
+
+__all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
+
+# A bitmap costs 16 d + 1 bits a weight, Tiled-CSL 32 d: equal at d = 1/16.
+_CROSSOVER_DENSITY = 1 / 16
+
+
+def encode(
+    dense: np.ndarray | jax.Array,
+    format: Literal["auto", "bitmap", "tiled_csl"] = "auto",
+    shards: int = 1,
+) -> Bitmap | TiledCSL:
+    """Encodes a dense matrix, bit for bit, storing every weight whose bits are not all zero.
+
+    dense: [M, K] = [out_features, in_features], float16 or bfloat16, NumPy or JAX. Encoding
+        runs on the host; the result lies on JAX's default device.
+    format: "auto" takes the smaller of the two.
+    shards: row blocks S, so that the result can be sharded over S devices.
+
+    Returns a `Bitmap` or a `TiledCSL`. Raises TypeError for other dtypes and under tracing,
+    ValueError for other ranks, empty matrices, or `shards` out of range.
+    """
+    if format not in ("auto", "bitmap", "tiled_csl"):
+        raise ValueError(f"encode: format must be auto, bitmap or tiled_csl, got {format!r}")
+    check_dense(dense, shards)
+    host = np.ascontiguousarray(dense)
+    bits = words(host)
+    if format == "auto":
+        density = np.count_nonzero(bits) / bits.size
+        format = "bitmap" if density >= _CROSSOVER_DENSITY else "tiled_csl"
+    encoder, cls = {
+        "bitmap": (_flashllm.encode_bitmap, Bitmap),
+        "tiled_csl": (_flashllm.encode_tiled_csl, TiledCSL),
+    }[format]
+    index, offsets, values = encoder(bits, int(shards))
+    m, k = host.shape
+    values = values.view(host.dtype)
+    return cls(jnp.asarray(offsets), jnp.asarray(values), (m, k), jnp.asarray(index))
+
+
+def stack(weights: list[SparseWeight]) -> SparseWeight:
+    """Stacks equal-shaped weights along a new leading axis, for `lax.scan` and `vmap`.
+
+    Capacities differ from weight to weight, so shorter value buffers are padded. Raises
+    ValueError when formats, shapes, dtypes or shards differ.
+    """
+    if not weights:
+        raise ValueError("stack: needs at least one weight")
+    kinds = {(type(w), w.shape, w.dtype, w.shards) for w in weights}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"stack: weights differ in format, shape, dtype or shards: {weights}; encode them "
+            "with one explicit format and one number of shards"
+        )
+    capacity = max(w.values.shape[-1] for w in weights)
+
+    def pad(leaf, fill):
+        return jnp.pad(leaf, ((0, 0), (0, capacity - leaf.shape[-1])), constant_values=fill)
+
+    padded = []
+    for w in weights:
+        fields = {"values": pad(w.values, 0)}
+        if isinstance(w, TiledCSL):
+            fields["positions"] = pad(w.positions, PADDING)
+        padded.append(dataclasses.replace(w, **fields))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded)

@@ -1,0 +1,86 @@
+"""The public op: y = act(x W^T + bias) with W encoded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashllm.formats import SparseWeight
+from jax_flashllm.kernel import ACTIVATIONS, NO_BIAS, decode_p, spmm_p
+
+_X_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
+
+
+def spmm(
+    w: SparseWeight,
+    x: jax.Array,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+) -> jax.Array:
+    """Returns act(x @ W.T + bias) with fp32 accumulation.
+
+    w: encoded [M, K].  x: [..., K], float16, bfloat16 or float32.  bias: [M] or None.
+    activation: None, "relu" or "gelu" (the exact one, with erf).
+    Returns [..., M] in x.dtype.
+
+    W is multiplied as the dense matrix it stands for: an Inf or NaN in x meets the zeros too.
+    Works under jit, vmap (over x, w and bias), grad and jvp (in x, bias and `w.values`), scan
+    and remat. For gradients in w as a pytree pass `allow_int=True` to `jax.grad`: the result
+    is a weight of the same structure, with float0 index buffers.
+
+    Raises TypeError for other types or dtypes, ValueError when K or M differ.
+    """
+    if not isinstance(w, SparseWeight):
+        raise TypeError(
+            f"spmm: w must be an encoded weight, got {type(w).__name__}; make one with "
+            "jax_flashllm.encode"
+        )
+    m, k = w.shape
+    if w.values.ndim != 2:
+        raise ValueError(
+            f"spmm: w is stacked, with values {list(w.values.shape)}; use jax.vmap or lax.scan"
+        )
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"spmm: x must be an array, got {type(x).__name__}")
+    if x.dtype not in _X_DTYPES:
+        raise TypeError(
+            f"spmm: x is {x.dtype}; cast it to float16, bfloat16 or float32, "
+            "e.g. x.astype(jnp.float32)"
+        )
+    if x.ndim < 1 or x.shape[-1] != k:
+        got = x.shape[-1] if x.ndim else "no"
+        raise ValueError(
+            f"spmm: x has {got} features but W is [{m}, {k}]; pass x of shape [..., {k}]"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"spmm: activation must be None, 'relu' or 'gelu', got {activation!r}")
+    if bias is None:
+        bias = np.zeros(NO_BIAS, np.float32)
+    elif bias.shape != (m,):
+        raise ValueError(f"spmm: bias is {list(bias.shape)} but W is [{m}, {k}]; pass bias [{m}]")
+    elif bias.dtype not in _X_DTYPES:
+        raise TypeError(f"spmm: bias is {bias.dtype}; cast it to x's dtype, {x.dtype}")
+    rows = w.shards * w.shard_rows
+    if bias.size and rows > m:
+        bias = jnp.pad(bias, (0, rows - m))
+    x = jnp.asarray(x)
+    if x.size == 0:
+        return jnp.zeros((*x.shape[:-1], m), x.dtype)
+    y = spmm_p.bind(
+        *w.buffers,
+        w.values,
+        x,
+        jnp.asarray(bias),
+        format=w.format,
+        shape=w.shape,
+        activation=activation,
+    )
+    return y[..., :m] if rows > m else y
+
+
+def decode(w: SparseWeight) -> jax.Array:
+    """Returns W as a dense [M, K] array on w's device; differentiable in `w.values`.
+
+    `w.to_dense()` gives the same bits in NumPy.
+    """
+    dense = decode_p.bind(*w.buffers, w.values, format=w.format, shape=w.shape)
+    return dense[: w.shape[0]]
