@@ -1,0 +1,254 @@
+"""Generation: one prefill, then one decode step a token, each compiled once per shape bucket.
+
+    prefill  ids [B, T] -> cache, token [B]     T padded on the left to a bucket
+    decode   cache, token [B] -> cache, token   the cache is donated and updated in place
+
+The decode program compiles in a thread while the prefill compiles and runs. Step t + 1 is
+dispatched before the token of step t is looked at, so Python's work hides behind the device's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_flashllm.models.cache import KVCache
+from jax_flashllm.models.config import OPTConfig
+from jax_flashllm.models.opt import OPT
+from jax_flashllm.models.sampling import Sampling, row_uniforms, sample
+
+
+def generate(
+    model: OPT,
+    input_ids: Any,
+    max_new_tokens: int,
+    attention_mask: Any = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    stop: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    on_token: Callable[[np.ndarray], Any] | None = None,
+    cache_dtype: Any = None,
+) -> np.ndarray:
+    """Continues every row of `input_ids` by at most `max_new_tokens` tokens.
+
+    input_ids: int [B, T], or [T] for one row.
+    attention_mask: the ids' shape, 0 for left pads and 1 for tokens; None where there are no pads.
+    temperature: 0 is greedy.   top_k, top_p, min_p: as in transformers, see `sampling`.
+    seed: 0 to 2**64 - 1; a row's draws depend on it, on the row's index and on the step alone.
+    stop: the token sequence, or several, that ends a row.
+    eos_token_id: the id or ids that end a row; None takes the config's, () none.
+    on_token: called after each step with that step's tokens, int32 [B].
+    cache_dtype: float16, bfloat16 or float32 for keys and values; None takes the model's dtype.
+
+    Returns int32 [B, N], N <= max_new_tokens: the new tokens up to where the last row ended. A row
+    includes the end token or stop sequence that ended it and then holds the config's pad_token_id
+    (0 if it has none); `on_token` sees the same.
+    Raises ValueError, before any work, for arguments that cannot be served.
+    """
+    config = model.config
+    ids, mask = _check_prompt(config, input_ids, attention_mask, max_new_tokens)
+    sampling = Sampling.create(temperature, top_k, top_p, min_p)
+    _check_seed(seed)
+    ends = _check_ends(config, stop, eos_token_id)
+    pad = 0 if config.pad_token_id is None else config.pad_token_id
+
+    B, T = ids.shape
+    bucket = _bucket(T, least=16)
+    left = ((0, 0), (bucket - T, 0))
+    ids, mask = np.pad(ids, left, constant_values=pad), np.pad(mask, left)
+    slots = _bucket(bucket + max_new_tokens - 1, least=64, steps=4)
+    programs, weights = _programs_of(model, cache_dtype)
+    draws = [None] * max_new_tokens
+    if sampling is not None:
+        draws = list(row_uniforms(seed, B, max_new_tokens).T)
+
+    output = _Output(B, max_new_tokens, pad, ends, on_token)
+    with ThreadPoolExecutor(1) as thread:
+        compiling = None
+        if max_new_tokens > 1:
+            compiling = thread.submit(programs.compile_decode, weights, B, slots, sampling)
+        cache, token = programs.prefill(weights, ids, mask, sampling, draws[0], slots)
+        output.add(token)  # shown while the decode program may still be compiling
+        if compiling is not None:
+            compiling.result()
+    ahead = None
+    for step in range(1, max_new_tokens):
+        if output.ended:
+            break
+        cache, token = programs.decode(weights, cache, token, sampling, draws[step])
+        if ahead is not None:
+            output.add(ahead)
+        ahead = token
+    if ahead is not None and not output.ended:
+        output.add(ahead)
+    return output.tokens[:, : output.length]
+
+
+class _Programs:
+    """A model's two programs. Weights are a flat list of arrays, which dispatches fastest."""
+
+    def __init__(self, graphdef: Any, treedef: Any, config: OPTConfig, cache_dtype: Any):
+        self.config, self.cache_dtype = config, cache_dtype
+
+        def step(weights, ids, mask, cache, sampling, uniform):
+            model = nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
+            logits, cache = model(ids, mask, cache, last_only=True)
+            return cache, sample(logits[:, 0], sampling, uniform)
+
+        @functools.partial(jax.jit, static_argnames="slots")
+        def prefill(weights, ids, mask, sampling, uniform, slots):
+            cache = KVCache.create(config, len(ids), slots, cache_dtype)
+            return step(weights, ids, mask, cache, sampling, uniform)
+
+        @functools.partial(jax.jit, donate_argnames="cache")
+        def decode(weights, cache, token, sampling, uniform):
+            return step(weights, token[:, None], None, cache, sampling, uniform)
+
+        self.prefill, self.decode = prefill, decode
+
+    def compile_decode(self, weights, rows: int, slots: int, sampling: Sampling | None) -> None:
+        """Fills jit's cache with the decode program; a call finds it there."""
+        cache = jax.eval_shape(lambda: KVCache.create(self.config, rows, slots, self.cache_dtype))
+        token = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        uniform = None if sampling is None else np.zeros(rows, np.float32)
+        self.decode.lower(weights, cache, token, sampling, uniform).compile()
+
+
+# Keyed by structure, not by model: a model whose weights moved on keeps its compiled programs.
+_programs = functools.lru_cache(maxsize=8)(_Programs)
+
+
+def _programs_of(model: OPT, cache_dtype: Any) -> tuple[_Programs, list[jax.Array]]:
+    graphdef, state = nnx.split(model)
+    weights, treedef = jax.tree.flatten(state)
+    dtype = jnp.dtype(model.dtype if cache_dtype is None else cache_dtype)
+    if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+        raise ValueError(f"generate: cache_dtype is {dtype}; choose float16, bfloat16 or float32.")
+    return _programs(graphdef, treedef, model.config, dtype), weights
+
+
+class _Output:
+    """Collects tokens and knows which rows have ended."""
+
+    def __init__(self, rows: int, most: int, pad: int, ends: list[np.ndarray], on_token):
+        self.tokens = np.full((rows, most), pad, np.int32)
+        self.length = 0
+        self.ends, self.on_token = ends, on_token
+        self.open = np.ones(rows, bool)
+
+    @property
+    def ended(self) -> bool:
+        return not self.open.any()
+
+    def add(self, token: jax.Array) -> None:
+        """Appends the step's tokens [B] to the rows still open; waits for the device."""
+        column = self.tokens[:, self.length]
+        column[self.open] = np.asarray(token)[self.open]
+        self.length += 1
+        for end in self.ends:
+            if len(end) <= self.length:
+                tail = self.tokens[:, self.length - len(end) : self.length]
+                self.open &= ~(tail == end).all(axis=1)
+        if self.on_token is not None:
+            self.on_token(column.copy())
+
+
+def _bucket(n: int, least: int, steps: int = 1) -> int:
+    """n rounded up to one of `steps` sizes per doubling, and to at least `least`."""
+    doubling = 1 << max(n - 1, 1).bit_length()
+    step = max(least, doubling // 2 // steps)
+    return -(-n // step) * step
+
+
+def _check_prompt(
+    config: OPTConfig, input_ids: Any, attention_mask: Any, max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """ids and mask, int32 [B, T], without columns that are pads in every row."""
+    ids = np.asarray(input_ids)
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim == 2 and ids.size == 0:
+        raise ValueError(
+            f"generate: the prompt is empty (input_ids is {ids.shape}); pass one token at least, "
+            f"such as bos_token_id {config.bos_token_id}."
+        )
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"generate: input_ids is {ids.dtype} {ids.shape}; pass integers of shape [B, T]."
+        )
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)):
+        raise ValueError(f"generate: max_new_tokens is {max_new_tokens!r}; pass an integer.")
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; ask for 1 at least.")
+
+    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"generate: attention_mask is {mask.shape} but input_ids is {ids.shape}; pass a mask "
+            "of the ids' own shape."
+        )
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("generate: attention_mask holds other values than 0 (pad) and 1 (token).")
+    mask = mask.astype(np.int32)
+    bad = np.flatnonzero((np.diff(mask, axis=1) < 0).any(axis=1) | (mask[:, -1] == 0))
+    if bad.size:
+        row = int(bad[0])
+        kind = "has no token" if not mask[row].any() else "has pads after tokens"
+        raise ValueError(
+            f"generate: row {row} of attention_mask {kind}; pad on the left: zeros first, then "
+            "ones, the last column all ones."
+        )
+    wrong = (mask == 1) & ((ids < 0) | (ids >= config.vocab_size))
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"generate: input_ids[{row}, {column}] is {ids[row, column]}, outside the vocabulary "
+            f"of {config.vocab_size}; use the tokenizer that came with the model."
+        )
+    longest = int(mask.sum(axis=1).max())
+    if longest + max_new_tokens > config.max_position_embeddings:
+        room = config.max_position_embeddings - longest
+        advice = f"ask for {room} new tokens at most" if room > 0 else "shorten the prompt"
+        raise ValueError(
+            f"generate: {longest} prompt tokens and {max_new_tokens} new ones exceed the model's "
+            f"context of {config.max_position_embeddings}; {advice}."
+        )
+    ids, mask = ids[:, -longest:], mask[:, -longest:]
+    return np.where(mask == 1, ids, 0).astype(np.int32), mask
+
+
+def _check_seed(seed: int) -> None:
+    integer = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not integer or not 0 <= seed < 2**64:
+        raise ValueError(f"generate: seed is {seed!r}; pass an integer from 0 to 2**64 - 1.")
+
+
+def _check_ends(config: OPTConfig, stop: Any, eos_token_id: Any) -> list[np.ndarray]:
+    """All token sequences that end a row."""
+    if eos_token_id is None:
+        eos_token_id = config.eos_token_ids
+    ends = [[int(token)] for token in np.atleast_1d(np.asarray(eos_token_id, np.int64))]
+    if stop is not None:
+        sequences = list(stop)
+        if sequences and all(isinstance(token, (int, np.integer)) for token in sequences):
+            sequences = [sequences]
+        for sequence in sequences:
+            array = np.asarray(sequence)
+            if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+                raise ValueError(
+                    f"generate: stop sequence {sequence!r} is not a list of token ids; encode "
+                    "text with the tokenizer first."
+                )
+            ends.append(list(sequence))
+    return [np.asarray(end, np.int32) for end in ends]
