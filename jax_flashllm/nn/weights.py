@@ -1,0 +1,92 @@
+"""Between Flax's dense kernels [K, M] and encoded weights [M, K]."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashllm.formats import Bitmap, SparseWeight, TiledCSL, encode, stack
+from jax_flashllm.formats.weight import HALF_DTYPES
+
+Mask = np.ndarray | jax.Array
+
+
+def encode_kernel(
+    kernel: jax.Array | np.ndarray,
+    sparsity: float | None = None,
+    mask: Mask | None = None,
+    dtype: Any = None,
+    format: str = "auto",
+    shards: int = 1,
+) -> SparseWeight:
+    """Prunes, casts and encodes a kernel [K, M], or a stack of them [L, K, M].
+
+    sparsity: zeroes the round(sparsity * K) smallest weights of every output, by magnitude in
+    the kernel's own dtype.   mask: bool of the kernel's shape, False becomes zero.
+    dtype: to cast to after pruning; float16 or bfloat16.
+    Zeros of either sign are not stored: a mask multiplied in leaves -0.0 behind.
+    Raises ValueError for a sparsity outside 0..1, both or misshapen masks, other ranks.
+    """
+    if sparsity is not None and mask is not None:
+        raise ValueError("encode_kernel: got both sparsity and mask; pass one of them")
+    if sparsity is not None and not 0 <= sparsity <= 1:
+        raise ValueError(f"encode_kernel: sparsity must be from 0 to 1, got {sparsity}")
+    if kernel.ndim not in (2, 3):
+        raise ValueError(f"encode_kernel: kernel is {list(kernel.shape)}, expected [K, M]")
+    if mask is not None and (mask.shape != kernel.shape or mask.dtype != bool):
+        raise ValueError(
+            f"encode_kernel: mask is {mask.dtype}{list(mask.shape)}, expected "
+            f"bool{list(kernel.shape)}, the kernel's shape"
+        )
+    if isinstance(kernel, jax.core.Tracer):
+        encode(kernel.T)  # raises, and says why
+    w = np.asarray(kernel).swapaxes(-1, -2)  # [..., M, K]
+    if mask is not None:
+        w = np.where(np.asarray(mask).swapaxes(-1, -2), w, w.dtype.type(0))
+    if sparsity is not None:
+        w = _keep_largest(w, sparsity)
+    w = w.astype(dtype or w.dtype)
+    w = np.where(w == 0, w.dtype.type(0), w)
+    if w.ndim == 2:
+        return encode(w, format, shards)
+    if format == "auto":  # a stack has one format: the one that suits the whole
+        format = encode(w.reshape(-1, w.shape[-1])).format
+    return stack([encode(layer, format, shards) for layer in w])
+
+
+def _keep_largest(w: np.ndarray, sparsity: float) -> np.ndarray:
+    """w [..., K] with round(sparsity * K) of each row zero; of equals the first go."""
+    drop = round(sparsity * w.shape[-1])
+    if drop == 0:
+        return w
+    # Without their sign, the bits of floats are ordered as |w| is, in every dtype.
+    bits = np.ascontiguousarray(w).view(f"u{w.dtype.itemsize}")
+    keys = bits & (np.iinfo(bits.dtype).max >> 1)
+    threshold = np.partition(keys, drop - 1, axis=-1)[..., drop - 1 : drop]
+    gone, ties = keys < threshold, keys == threshold
+    spare = drop - gone.sum(-1, keepdims=True)
+    gone |= ties & (np.cumsum(ties, axis=-1, dtype=np.int32) <= spare)
+    return np.where(gone, w.dtype.type(0), w)
+
+
+def check_param_dtype(dtype: Any, where: str) -> None:
+    if np.dtype(dtype) not in HALF_DTYPES:
+        raise TypeError(
+            f"{where}: param_dtype is {np.dtype(dtype)}, but encoded weights are float16 or "
+            "bfloat16; pass one of those (dtype=jnp.float32 still computes in float32)"
+        )
+
+
+def rebuild(values: Any, index: Any, offsets: Any, shape: tuple[int, int]) -> SparseWeight:
+    """The encoded weight of three buffers; the index's dtype tells the format."""
+    cls = {np.dtype(np.uint32): Bitmap, np.dtype(np.uint16): TiledCSL}[np.dtype(index.dtype)]
+    return cls(offsets, values, shape, index)
+
+
+def promoted(x: Any, values: Any, bias: Any, dtype: Any):
+    """x and bias in the dtype that Flax computes in: `dtype`, or what all three promote to."""
+    x = jnp.asarray(x)
+    if dtype is None:
+        dtype = jnp.result_type(x, values.dtype, *([] if bias is None else [bias]))
+    return x.astype(dtype), None if bias is None else bias.astype(dtype)
