@@ -182,7 +182,7 @@ class _NothingDrawn:
 
 def check_plain(linear: nnx.Linear) -> None:
     """Raises ValueError for an nnx.Linear whose product is not the ordinary one."""
-    defaults = inspect.signature(nnx.Linear).parameters
+    defaults = inspect.signature(nnx.Linear.__init__).parameters
     for name in ("dot_general", "promote_dtype", "preferred_element_type"):
         if getattr(linear, name, None) is not defaults[name].default:
             raise ValueError(
