@@ -1,0 +1,144 @@
+"""SparseDense for Flax Linen: linen.Dense with an encoded weight.
+
+The variables lie in two collections, so that gradients and optimizers see only what is trained:
+
+    params   kernel          half  [S, capacity]  the stored values
+             bias                  [M]
+    sparse   kernel_index    uint                 Bitmap.masks or TiledCSL.positions
+             kernel_offsets  uint32
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+from flax.linen.linear import default_kernel_init
+
+from jax_flashllm.formats import SparseWeight
+from jax_flashllm.formats.weight import HALF_DTYPES
+from jax_flashllm.nn.weights import check_param_dtype, encode_kernel, promoted, rebuild
+from jax_flashllm.spmm import spmm
+
+__all__ = ["SparseDense", "variables_from_dense", "variables_from_encoded"]
+
+
+class SparseDense(linen.Module):
+    """A linear layer whose weight is stored without its zeros; arguments as of linen.Dense.
+
+    sparsity: 0 to 1; the smallest round(sparsity * K) initial weights of each output are dropped.
+    dtype: computes in this dtype; None promotes x, weight and bias as linen.Dense does. Sums are
+        in float32 whatever it is, and the weight is never rounded to it.
+    param_dtype: float16 or bfloat16, of the initial weight and bias.
+    format, shards: as in `jax_flashllm.encode`.
+
+    `init` encodes, so it runs outside jit; `apply` runs anywhere. To use weights that exist,
+    skip `init` and pass `variables_from_dense` or `variables_from_encoded` to `apply`.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.bfloat16
+    kernel_init: Callable[..., Any] = default_kernel_init
+    bias_init: Callable[..., Any] = linen.initializers.zeros_init()
+    sparsity: float = 0.0
+    format: str = "auto"
+    shards: int = 1
+
+    @linen.compact
+    def __call__(self, inputs: jax.Array, activation: str | None = None) -> jax.Array:
+        """activation(inputs W^T + bias), bias and activation in the kernel's epilogue.
+
+        inputs: [..., K].   activation: None, "relu" or "gelu" (exact).   Returns [..., M].
+        """
+        shape = self.features, jnp.shape(inputs)[-1]
+        if self.has_variable("params", "kernel"):
+            # How many values there are is the weight's to say: no shape to compare with.
+            values = self.get_variable("params", "kernel")
+            values = self.param("kernel", lambda _: values)
+            index = self.get_variable("sparse", "kernel_index")
+            offsets = self.get_variable("sparse", "kernel_offsets")
+            if index is None or offsets is None:
+                raise ValueError(
+                    f"{self.name or 'SparseDense'}: the variables have a kernel but no 'sparse' "
+                    "collection; pass apply the whole of what init or variables_from_dense gave"
+                )
+        else:
+            values, index, offsets = self._init(shape)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        x, bias = promoted(inputs, values, bias, self.dtype)
+        return spmm(rebuild(values, index, offsets, shape), x, bias, activation)
+
+    def _init(self, shape: tuple[int, int]):
+        check_param_dtype(self.param_dtype, "SparseDense")
+        encoded: list[SparseWeight] = []
+
+        def init(key):
+            kernel = self.kernel_init(key, shape[::-1], self.param_dtype)
+            w = encode_kernel(
+                kernel,
+                self.sparsity,
+                dtype=self.param_dtype,
+                format=self.format,
+                shards=self.shards,
+            )
+            encoded.append(w)
+            return w.values
+
+        values = self.param("kernel", init)
+        index, offsets = encoded[0].buffers
+        self.put_variable("sparse", "kernel_index", index)
+        self.put_variable("sparse", "kernel_offsets", offsets)
+        return values, index, offsets
+
+
+def variables_from_encoded(w: SparseWeight, bias: jax.Array | None = None) -> dict[str, dict]:
+    """{"params": ..., "sparse": ...} of a SparseDense with W [M, K] and bias [M]."""
+    index, offsets = w.buffers
+    params = {"kernel": w.values}
+    if bias is not None:
+        params["bias"] = jnp.asarray(bias)
+    return {"params": params, "sparse": {"kernel_index": index, "kernel_offsets": offsets}}
+
+
+def variables_from_dense(
+    params: Mapping[str, Any],
+    sparsity: float | None = None,
+    *,
+    filter: Callable[[tuple[str, ...]], bool] | None = None,
+    format: str = "auto",
+    shards: int = 1,
+    param_dtype: Any = None,
+) -> dict[str, dict]:
+    """Variables for a model of SparseDense layers, from the params of its linen.Dense twin.
+
+    params: of one layer, {"kernel": [K, M], "bias": [M]}, or of a whole model. Every matrix
+        called "kernel" is encoded, all else is taken as it is.
+    sparsity: 0 to 1, drops the smallest round(sparsity * K) weights of each output; None drops
+        the zeros that are there.
+    filter: called with a layer's path, e.g. ("decoder", "fc1"); False leaves it dense.
+    param_dtype: float16 or bfloat16, for the weights; by default float32 becomes bfloat16.
+
+    Returns {"params": ..., "sparse": ...} for `apply`. Errors as `jax_flashllm.encode`.
+    """
+
+    def visit(path, node):
+        if not isinstance(node, Mapping):
+            return node, {}
+        kernel = node.get("kernel")
+        if getattr(kernel, "ndim", 0) == 2 and (filter is None or filter(path)):
+            dtype = param_dtype or (kernel.dtype if kernel.dtype in HALF_DTYPES else jnp.bfloat16)
+            check_param_dtype(dtype, "variables_from_dense")
+            w = encode_kernel(kernel, sparsity, None, dtype, format, shards)
+            made = variables_from_encoded(w)
+            return {**node, **made["params"]}, made["sparse"]
+        pairs = {key: visit((*path, key), child) for key, child in node.items()}
+        sparse = {key: s for key, (_, s) in pairs.items() if s}
+        return {key: p for key, (p, _) in pairs.items()}, sparse
+
+    new, sparse = visit((), params)
+    return {"params": new, "sparse": sparse}
