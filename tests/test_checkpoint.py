@@ -203,9 +203,7 @@ def test_an_open_checkpoint_survives_being_replaced(tmp_path):
 def test_unknown_names_and_closed_files(tmp_path):
     model_dir(tmp_path, model__safetensors=safetensors_bytes(weights()))
     checkpoint = open_checkpoint(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"nearest is 'model\.decoder\.layers\.0\.fc1\.weight'"
-    ):
+    with pytest.raises(CheckpointError, match=r"nearest is 'model\.decoder.*fc1\.weight'"):
         checkpoint.read("decoder.layers.0.fc1.weight")
     checkpoint.close()
     with pytest.raises(CheckpointError, match="is closed"):

@@ -190,7 +190,7 @@ def check_shape(
         file.fail(field, "shape is not a list of non-negative integers; fetch the file again")
     # Zeros are counted as ones: [0, 2**62] has no elements, and still cannot be an array.
     if math.prod(max(d, 1) for d in shape) * itemsize >= 1 << 48:
-        file.fail(field, f"shape {[*shape]} is larger than any file; fetch the file again"[:300])
+        file.fail(field, "its shape is larger than any file; fetch the file again")
     return tuple(shape), math.prod(shape) * itemsize
 
 

@@ -12,6 +12,7 @@ A weight W [rows, cols] called `layer.weight` is stored as
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -139,7 +140,7 @@ def _join(file: File, head: str, tensors: dict[str, Dense]) -> Bitmask:
     # check_shape refuses the negative sizes that int64 can hold.
     (rows, cols), _ = check_shape(shape.file, shape.field, shape.read().tolist(), 1)
     wanted = [
-        (compressed, None, compressed.shape[:1]),
+        (compressed, None, (math.prod(compressed.shape),)),
         (bitmask, np.dtype(np.uint8), (rows, -(-cols // 8))),
         (offsets, np.dtype(np.int64), (rows,)),
     ]
@@ -150,9 +151,4 @@ def _join(file: File, head: str, tensors: dict[str, Dense]) -> Bitmask:
                 f"is {tensor.dtype} {list(tensor.shape)}, which does "
                 f"not fit a weight of shape [{rows}, {cols}]; fetch the file again",
             )
-    if len(compressed.shape) != 1 or compressed.dtype == np.bool_:
-        compressed.file.fail(
-            compressed.field,
-            f"is {compressed.dtype} {list(compressed.shape)}, expected one axis of values",
-        )
     return Bitmask((rows, cols), compressed, bitmask, offsets)

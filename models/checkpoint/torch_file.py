@@ -12,6 +12,7 @@ tuples or a large memo index is enough to hang it or to exhaust memory.
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import struct
@@ -34,10 +35,19 @@ _STORAGES = {
 }  # fmt: skip
 # Opcodes that push their argument, push a constant, or pack the last values.
 _PUSH = frozenset(
-    ["BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT"]
+    ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT")
 )
 _CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# All that `_Pickle` knows. The arguments of any other opcode are not even decoded.
+_OPCODES = frozenset(
+    (
+        *_PUSH, *_CONSTANT, *_TUPLES, "PROTO", "FRAME", "STOP", "MARK", "TUPLE", "EMPTY_DICT",
+        "EMPTY_LIST", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPUT", "LONG_BINPUT",
+        "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "BINPERSID", "REDUCE",
+        "BUILD",
+    )
+)  # fmt: skip
 
 
 class _Entry(NamedTuple):
@@ -276,8 +286,21 @@ class _Pickle:
 
     def run(self) -> dict:
         try:
-            for opcode, arg, _ in pickletools.genops(self.data):
+            code = io.BytesIO(self.data)
+            while (opcode := pickletools.code2op.get(code.read(1).decode("latin-1"))) is not None:
+                if opcode.name not in _OPCODES:
+                    self.fail(
+                        f"uses the opcode {opcode.name}, which a dict of tensors does not need"
+                    )
+                if opcode.name == "GLOBAL":  # pickletools would interpret backslashes
+                    arg = [code.readline().decode().removesuffix("\n") for _ in range(2)]
+                else:
+                    arg = opcode.arg.reader(code) if opcode.arg else None
                 self.step(opcode.name, arg)
+                if opcode.name == "STOP":
+                    break
+            else:
+                self.fail(f"has no opcode at byte {code.tell()}, and no end")
         except CheckpointError:
             raise
         except (ValueError, struct.error, OverflowError) as e:
@@ -338,8 +361,7 @@ class _Pickle:
             items = self.pop_mark() if op == "SETITEMS" else [self.pop(), self.pop()][::-1]
             self.update(self.top(dict), items)
         elif op == "GLOBAL":
-            module, _, name = arg.partition(" ")
-            self.push_global(module, name)
+            self.push_global(*arg)
         elif op == "STACK_GLOBAL":
             name, module = self.pop(), self.pop()
             self.push_global(module, name)
@@ -352,8 +374,6 @@ class _Pickle:
             # torch hangs `_metadata` (module versions) on the OrderedDict; it is not needed.
             self.pop()
             self.top(dict)
-        elif op not in ("PROTO", "FRAME", "STOP"):
-            self.fail(f"uses the opcode {op}, which a dict of tensors does not need")
 
     def update(self, target: dict, items: list) -> None:
         if len(items) % 2:
