@@ -54,7 +54,7 @@ class OPTConfig:
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "ffn_dim",
                      "max_position_embeddings", "word_embed_proj_dim"):  # fmt: skip
             self._check_int(name, least=1)
-        self._check_int("num_hidden_layers", least=0)
+        self._check_int("num_hidden_layers", least=0, most=4096)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "bool" and not isinstance(value, bool):
@@ -81,12 +81,12 @@ class OPTConfig:
         for token in self.eos_token_ids:
             self._check_token("eos_token_id", token)
 
-    def _check_int(self, name: str, least: int) -> None:
+    def _check_int(self, name: str, least: int, most: int = 2**24) -> None:
         value = getattr(self, name)
-        # The upper bound keeps a hostile config.json from asking for more than any real model has.
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 2**24:
+        # The bounds keep a hostile config.json from asking for more than any real model has.
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise ValueError(
-                f"OPTConfig: {name} is {value!r}; it is an integer from {least} to {2**24}. "
+                f"OPTConfig: {name} is {value!r}; it is an integer from {least} to {most}. "
                 "Correct it in config.json."
             )
 

@@ -1,0 +1,274 @@
+"""A checkpoint's tensors become a model's parts, one tensor at a time.
+
+`OPT` asks a maker for its parts by name. `Declared` only writes the names down, so that what is
+missing, extra or of another shape is told before anything is read; `Loader` reads.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from jax_flashllm.formats import encode
+from jax_flashllm.models import checkpoint
+from jax_flashllm.models.config import OPTConfig
+from jax_flashllm.models.opt import LAYER_NORM_EPSILON, OPT
+from jax_flashllm.nn import SparseDense
+
+# A matrix with this share of zeros is kept sparse: at 16 (1 - s) + 1 bits a weight it is a quarter
+# smaller than dense fp16, and faster.
+SPARSE_FROM = 0.3
+# 16-bit tables up to this size are widened for float32 activations: a few MB buy a quarter of a
+# small model's time a token. Larger ones are widened in use (opt.WIDEN_AT_ONCE).
+WIDEN_TABLE_BYTES = 16 << 20
+
+_FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
+# Where the decoder lies: OPTForCausalLM's files, OPTModel's, and bare decoders.
+_PREFIXES = ("model.decoder.", "decoder.", "")
+
+
+def load(path: str | os.PathLike, dtype: Any, attention_implementation: str | None) -> OPT:
+    """See `opt.load`."""
+    with checkpoint.open_checkpoint(path) as ckpt:
+        config = OPTConfig.from_dict(ckpt.config)
+        names = _Names(ckpt)
+        declared = Declared(config)
+        OPT(config, make=declared)
+        names.check(declared.shapes, config)
+        cast = None if dtype is None else jnp.dtype(dtype)
+        if cast is not None and cast not in _FLOATS:
+            raise ValueError(
+                f"opt.load: dtype is {cast}; choose float16, bfloat16, float32 or None."
+            )
+        compute = cast
+        if compute is None:
+            on_cpu = jax.default_backend() == "cpu"
+            compute = jnp.dtype(jnp.float32) if on_cpu else names.dtype("embed_tokens.weight")
+        loader = Loader(names, config, compute, cast if cast != np.float32 else None)
+        return OPT(
+            config, make=loader, dtype=compute, attention_implementation=attention_implementation
+        )
+
+
+class _Names:
+    """A checkpoint seen by the decoder's own names, whatever stands before them in the file."""
+
+    def __init__(self, ckpt: checkpoint.Checkpoint):
+        self.ckpt = ckpt
+        stored = set(ckpt.names())
+        embed = "embed_tokens.weight"
+        prefix = next((p for p in _PREFIXES if p + embed in stored), None)
+        if prefix is None:
+            raise ValueError(
+                f"opt.load: {ckpt.path} has no tensor {_PREFIXES[0] + embed!r}; is it an OPT "
+                f"checkpoint? It holds {', '.join(map(repr, sorted(stored)[:3]))}, ..."
+            )
+        self.prefix = prefix
+        self.stored = {
+            name.removeprefix(prefix): name
+            for name in stored
+            # metaseq's exports carry a version number beside the weights
+            if name != prefix + "version"
+        }
+
+    def check(self, shapes: dict[str, tuple[int, ...]], config: OPTConfig) -> None:
+        """Raises ValueError unless exactly the tensors of `shapes` are stored, so shaped."""
+        missing = [name for name in shapes if name not in self.stored]
+        extra = [name for name in self.stored if name not in shapes]
+        if "lm_head.weight" in extra and config.tie_word_embeddings:
+            extra.remove("lm_head.weight")
+            self._check_tied()
+        where = f"opt.load: {self.ckpt.path}"
+        if missing:
+            name = missing[0]
+            raise ValueError(
+                f"{where}: tensor {self.prefix + name!r} {list(shapes[name])} is missing"
+                f"{_more(missing)}; config.json asks for it. Fetch both files again."
+            )
+        if extra:
+            raise ValueError(
+                f"{where}: tensor {self.stored[extra[0]]!r} is not part of the model that "
+                f"config.json describes{_more(extra)}. Fetch both files again."
+            )
+        for name, shape in shapes.items():
+            if self.shape(name) != shape:
+                raise ValueError(
+                    f"{where}: tensor {self.stored[name]!r} is {list(self.shape(name))} but "
+                    f"config.json makes it {list(shape)}. Fetch both files again."
+                )
+            if self.dtype(name) not in _FLOATS:
+                raise ValueError(
+                    f"{where}: tensor {self.stored[name]!r} is {self.dtype(name)}; float16, "
+                    "bfloat16 and float32 are supported. Convert the checkpoint."
+                )
+
+    def _check_tied(self) -> None:
+        """A tied head is the embedding; many files store it a second time."""
+        head, table = "lm_head.weight", "embed_tokens.weight"
+        same = self.shape(head) == self.shape(table) and self.dtype(head) == self.dtype(table)
+        # Bytes, so that NaN equals itself.
+        if not same or self.read(head).tobytes() != self.read(table).tobytes():
+            raise ValueError(
+                f"opt.load: {self.ckpt.path}: tensor {self.stored[head]!r} differs from "
+                f"{self.stored[table]!r}, but config.json ties them; set tie_word_embeddings to "
+                "false there to use both."
+            )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.ckpt.shape(self.stored[name]))
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.ckpt.dtype(self.stored[name])
+
+    def is_sparse(self, name: str) -> bool:
+        return self.ckpt.is_sparse(self.stored[name])
+
+    def read(self, name: str) -> np.ndarray:
+        return self.ckpt.read(self.stored[name])
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+class Declared:
+    """A maker that makes nothing and keeps every tensor's name and shape, [out, in] as stored."""
+
+    def __init__(self, config: OPTConfig):
+        self.affine = config.layer_norm_elementwise_affine
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(self, names: list[str], in_features: int, out_features: int, bias: bool) -> None:
+        for name in names:
+            self.shapes[f"{name}.weight"] = (out_features // len(names), in_features)
+            if bias:
+                self.shapes[f"{name}.bias"] = (out_features // len(names),)
+
+    def embed(self, name: str, rows: int, features: int) -> None:
+        self.shapes[f"{name}.weight"] = (rows, features)
+
+    def norm(self, name: str, features: int) -> None:
+        if self.affine:
+            self.shapes[f"{name}.weight"] = self.shapes[f"{name}.bias"] = (features,)
+
+
+class _NoKeys:
+    """Stands in for nnx.Rngs where nothing is drawn: making a key compiles a program."""
+
+    def params(self) -> None:
+        return None
+
+
+class Loader:
+    """A maker that reads.
+
+    compute: dtype of activations.   cast: the 16-bit dtype to cast weights to, None for none.
+    """
+
+    def __init__(self, names: _Names, config: OPTConfig, compute: np.dtype, cast: np.dtype | None):
+        self.names, self.compute, self.cast = names, compute, cast
+        self.affine = config.layer_norm_elementwise_affine
+
+    def linear(self, names: list[str], in_features: int, out_features: int, bias: bool):
+        kernel = self._read([f"{name}.weight" for name in names])
+        b = self._vector([f"{name}.bias" for name in names]) if bias else None
+        stored_sparse = all(self.names.is_sparse(f"{name}.weight") for name in names)
+        if stored_sparse or _share_of_zeros(kernel) >= SPARSE_FROM:
+            half = _to_half(kernel)
+            if half is not None:
+                # weight * mask, the usual way to prune, leaves -0.0 behind, which `encode` keeps.
+                half[_magnitude_bits(half) == 0] = 0
+                return SparseDense.from_encoded(encode(half), bias=b, dtype=self.compute)
+        kernel = jnp.asarray(kernel.T)
+        return nnx.Linear(
+            in_features,
+            out_features,
+            use_bias=bias,
+            kernel_init=lambda *_: kernel,
+            bias_init=lambda *_: b,
+            dtype=self.compute,
+            param_dtype=kernel.dtype,
+            rngs=_NoKeys(),
+        )
+
+    def embed(self, name: str, rows: int, features: int):
+        table = self._read([f"{name}.weight"])
+        if table.dtype.itemsize < self.compute.itemsize and table.nbytes <= WIDEN_TABLE_BYTES:
+            table = table.astype(self.compute)
+        table = jnp.asarray(table)
+        return nnx.Embed(
+            rows,
+            features,
+            embedding_init=lambda *_: table,
+            dtype=self.compute,
+            param_dtype=table.dtype,
+            rngs=_NoKeys(),
+        )
+
+    def norm(self, name: str, features: int):
+        scale = self._vector([f"{name}.weight"]) if self.affine else None
+        bias = self._vector([f"{name}.bias"]) if self.affine else None
+        return nnx.LayerNorm(
+            features,
+            epsilon=LAYER_NORM_EPSILON,
+            use_bias=self.affine,
+            use_scale=self.affine,
+            scale_init=lambda *_: scale,
+            bias_init=lambda *_: bias,
+            use_fast_variance=False,
+            dtype=self.compute,
+            rngs=_NoKeys(),
+        )
+
+    def _vector(self, names: list[str]) -> jax.Array:
+        """Biases and scales: small, so held in the dtype they are used in where that is wider."""
+        vector = self._read(names)
+        wider = vector.dtype.itemsize < self.compute.itemsize
+        return jnp.asarray(vector.astype(self.compute) if wider else vector)
+
+    def _read(self, names: list[str]) -> np.ndarray:
+        parts = [self._read_one(name) for name in names]
+        # q, k and v of different dtypes meet in one that holds them all.
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read_one(self, name: str) -> np.ndarray:
+        stored = self.names.read(name)
+        if self.cast is None or stored.dtype == self.cast:
+            return stored
+        with np.errstate(over="ignore"):
+            cast = stored.astype(self.cast)
+        lost = np.isinf(cast) & np.isfinite(stored)
+        if lost.any():
+            raise ValueError(
+                f"opt.load: tensor {self.names.stored[name]!r} holds {stored[lost][0]}, past the "
+                f"range of {self.cast}; load with dtype=jnp.bfloat16 or jnp.float32."
+            )
+        return cast
+
+
+def _magnitude_bits(kernel: np.ndarray) -> np.ndarray:
+    """The bits below the sign: all zero for 0.0 and for -0.0."""
+    bits = kernel.view(f"u{kernel.dtype.itemsize}")
+    return bits & (np.iinfo(bits.dtype).max >> 1)
+
+
+def _share_of_zeros(kernel: np.ndarray) -> float:
+    return 1 - np.count_nonzero(_magnitude_bits(kernel)) / kernel.size
+
+
+def _to_half(kernel: np.ndarray) -> np.ndarray | None:
+    """`kernel` in 16 bits, the same values to the last bit; None if neither dtype holds them."""
+    if kernel.dtype.itemsize == 2:
+        return kernel
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        with np.errstate(over="ignore"):
+            half = kernel.astype(dtype)
+        if np.array_equal(half.astype(kernel.dtype).view(np.uint32), kernel.view(np.uint32)):
+            return half
+    return None
