@@ -139,11 +139,19 @@ struct Output {
 };
 
 // Scratch that lives as long as its thread: no allocation in a decode step's 40 products.
+// Aligned to cache lines, which a vector load that straddles would pay for twice.
 template <typename T>
 T* Scratch(size_t n) {
-  thread_local std::vector<T> buffer;
-  if (buffer.size() < n) buffer.resize(n);
-  return buffer.data();
+  struct Free {
+    void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<T[], Free> buffer;
+  thread_local size_t size = 0;
+  if (size < n) {
+    buffer.reset(static_cast<T*>(::operator new[](n * sizeof(T), std::align_val_t(64))));
+    size = n;
+  }
+  return buffer.get();
 }
 
 struct Weight {
