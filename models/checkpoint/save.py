@@ -118,14 +118,14 @@ class _Shards:
         if type(name) is not str or name in self._names or name == "__metadata__":
             raise CheckpointError(
                 self.out,
-                f"tensor {name!r}",
+                f"tensor {quote(name)}",
                 "is given twice, or its name is not a usable string; give each tensor its own name",
             )
         self._names.add(name)
         if value.dtype not in _CODES:
             raise CheckpointError(
                 self.out,
-                f"tensor {name!r}",
+                f"tensor {quote(name)}",
                 f"has dtype {value.dtype}; cast it to one of {', '.join(d.name for d in _CODES)}",
             )
         parts = {name: value}
@@ -142,10 +142,11 @@ class _Shards:
         if self._size and self._size + size > self.max_bytes:
             self._end()
         for part, array in parts.items():
-            if part != name and part in self._where:
+            # A dense `x.compressed` would be read as part of a packed weight.
+            if part in self._where or (part == name and name.endswith(".compressed")):
                 raise CheckpointError(
                     self.out,
-                    f"tensor {part!r}",
+                    f"tensor {quote(part)}",
                     "is the name of a part of a packed weight; rename it",
                 )
             self._put(part, np.asarray(array, order="C"))
