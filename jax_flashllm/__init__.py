@@ -1,5 +1,14 @@
 """Unstructured-sparse matrix products and sparse generative inference for JAX."""
 
+try:
+    from jax_flashllm import _flashllm  # noqa: F401
+except ImportError as e:
+    raise ImportError(
+        f"jax_flashllm: the compiled module is missing or does not load ({e}). If Python runs in "
+        "the source folder it finds the sources first: run elsewhere, or install with "
+        "`pip install -e .`"
+    ) from e
+
 from jax_flashllm.formats import Bitmap, SparseWeight, TiledCSL, encode, stack
 from jax_flashllm.spmm import decode, spmm
 
