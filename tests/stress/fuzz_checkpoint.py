@@ -1,0 +1,104 @@
+"""Mutates checkpoint files and reads them with the real loader.
+
+    python tests/stress/fuzz_checkpoint.py --count 1000000 --seed 1
+
+Every mutation must end in CheckpointError or in tensors of the declared shapes; anything else,
+a read of more than a second, or a peak over 2x the file + 64 MB stops the run and keeps the file.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+import time
+import tracemalloc
+
+import flax.serialization
+import numpy as np
+import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from checkpoint_files import (
+    flax_tree,
+    model_dir,
+    mutate,
+    packed_parts,
+    safetensors_bytes,
+    torch_bytes,
+    weights,
+)
+from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint
+
+
+def samples(directory: pathlib.Path) -> dict[str, tuple[str, bytes, dict[str, bytes]]]:
+    """name: (file to mutate, its bytes, the other files)."""
+    w = weights()
+    name = "model.decoder.layers.0.fc1.weight"
+    packed = {k: v for k, v in w.items() if k != name} | packed_parts(name, w[name])
+    shard = safetensors_bytes(w)
+    index = json.dumps({"weight_map": dict.fromkeys(w, "a.safetensors")}).encode()
+    recorded = pathlib.Path(__file__).parents[1] / "fixtures/torch_zip/pytorch_model.bin"
+    return {
+        "safetensors": ("model.safetensors", shard, {}),
+        "packed": ("model.safetensors", safetensors_bytes(packed), {}),
+        "flax": ("flax_model.msgpack", flax.serialization.to_bytes(flax_tree(w)), {}),
+        "torch": ("pytorch_model.bin", torch_bytes(directory / "x", w), {}),
+        "real torch": ("pytorch_model.bin", recorded.read_bytes(), {}),
+        "index": ("model.safetensors.index.json", index, {"a__safetensors": shard}),
+        "config": ("config.json", b'{"model_type": "opt", "a": [1, 2.5, null]}',
+                   {"model__safetensors": shard}),
+    }  # fmt: skip
+
+
+def read(path: pathlib.Path) -> CheckpointError | None:
+    """None if the mutation was read as a whole checkpoint."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            for name in checkpoint.names():
+                array = checkpoint.read(name)
+                assert array.shape == checkpoint.shape(name)
+                assert array.dtype == checkpoint.dtype(name)
+        return None
+    except CheckpointError as e:
+        return e
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = np.random.default_rng(options.seed)
+    directory = pathlib.Path(tempfile.mkdtemp(dir="/dev/shm"))
+    kinds = samples(directory)
+    counts = {kind: [0, 0] for kind in kinds}
+    slowest = highest = 0.0
+    for kind, (_, _, others) in kinds.items():
+        model_dir(directory / kind, **others)
+    tracemalloc.start()
+    for i in tqdm.trange(options.count, mininterval=5):
+        kind = list(kinds)[i % len(kinds)]
+        name, data, _ = kinds[kind]
+        data = mutate(data, rng, focus=1500)
+        (directory / kind / name).write_bytes(data)
+        tracemalloc.reset_peak()
+        start = time.perf_counter()
+        try:
+            error = read(directory / kind)
+            seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+            assert error is None or (error.field and str(error).encode())
+            assert seconds < 1, f"{seconds} s"
+            assert peak < 2 * len(data) + (64 << 20), f"{peak} bytes"
+        except BaseException:
+            print(f"mutation {i}, seed {options.seed}: kept {directory / kind / name}")
+            raise
+        counts[kind][error is None] += 1
+        slowest, highest = max(slowest, seconds), max(highest, peak)
+    for kind, (refused, accepted) in counts.items():
+        print(f"{kind:12} {refused + accepted:9} mutations, {refused} refused, {accepted} read")
+    print(f"slowest {slowest * 1e3:.0f} ms, highest peak {highest / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
