@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Array = np.ndarray | jax.Array
 Group = Literal["row", "global"]
@@ -131,7 +132,7 @@ def _check_sparsity(sparsity: float) -> None:
         raise ValueError(f"magnitude: sparsity is {sparsity}; pass a fraction from 0 to 1.")
 
 
-def _keys(w: Array) -> Array:
+def _keys(w: Array) -> Any:
     """Unsigned integers that are ordered as |w| is: the bits without the sign."""
     name = str(w.dtype)
     if name not in _INFINITY:
@@ -142,7 +143,7 @@ def _keys(w: Array) -> Array:
     else:
         bits = jax.lax.bitcast_convert_type(w, word)
     keys = bits & word.type(np.iinfo(word).max >> 1)
-    if not isinstance(keys, jax.core.Tracer) and keys.size and keys.max() > _INFINITY[name]:
+    if not isinstance(keys, Tracer) and keys.size and keys.max() > _INFINITY[name]:
         at = np.unravel_index(int(keys.argmax()), w.shape)
         raise ValueError(f"magnitude: w{[int(i) for i in at]} is NaN; repair the checkpoint first.")
     return keys
@@ -183,6 +184,6 @@ def _keep(keys: Array, drop: int) -> Array:
     return keep
 
 
-def _apply(w: Array, keep: Array) -> Array:
+def _apply(w: Array, keep: Array) -> Any:
     xp = np if isinstance(w, np.ndarray) else jnp
     return xp.where(keep, w, xp.zeros((), w.dtype))

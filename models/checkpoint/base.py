@@ -115,7 +115,7 @@ class File:
         except (MemoryError, ValueError) as e:
             self.fail(field, f"shape {list(shape)} cannot be allocated ({e}); free memory")
         if out.size:
-            self._fill(memoryview(out.reshape(-1).view(np.uint8)), offset, field)
+            self._fill(out.reshape(-1).view(np.uint8).data, offset, field)
         # A bool whose byte is neither 0 nor 1 is undefined behaviour in C.
         return out != 0 if dtype == np.bool_ else out
 
@@ -197,8 +197,11 @@ def check_shape(
 class Tensor(Protocol):
     """One logical tensor of a checkpoint; nothing is read before `read`."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
     @property
     def stored_bytes(self) -> int: ...

@@ -58,9 +58,9 @@ class _Scanner:
 
     def __init__(self, file: File):
         self.file, self.at, self.nodes = file, 0, 0
-        self._window, self._start = b"", 0
+        self._window, self._start = bytearray(), 0
 
-    def take(self, count: int, field: str) -> bytes:
+    def take(self, count: int, field: str) -> bytearray:
         i = self.at - self._start
         if i < 0 or i + count > len(self._window):
             self.file.check(self.at, count, field)
@@ -151,7 +151,7 @@ class _Scanner:
         shape, expected = check_shape(self.file, field, dims, dtype.itemsize)
         tag = self.take(1, field)[0]
         size = self.sized(field, tag, (0, 0), {0xC4: 1, 0xC5: 2, 0xC6: 4})
-        if size != expected or self.at + size != end:
+        if size is None or size != expected or self.at + size != end:
             self.file.fail(
                 field,
                 f"shape {list(shape)} of {name} needs {expected} bytes, "

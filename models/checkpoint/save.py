@@ -156,7 +156,7 @@ class _Shards:
     def _put(self, name: str, array: np.ndarray) -> None:
         spool = self.directory / f"spool-{array.dtype.itemsize}"
         with open(spool, "ab") as f:
-            f.write(memoryview(array.reshape(-1).view(np.uint8)))
+            f.write(array.reshape(-1).view(np.uint8).data)
         self._spools[array.dtype.itemsize].append((name, array.dtype, array.shape, array.nbytes))
         self._where[name] = len(self._files)
 
@@ -210,7 +210,7 @@ def _wants_packing(out: Path, name: str, value: np.ndarray, sparse) -> bool:
     possible = value.ndim == 2 and name.endswith(".weight") and value.dtype != np.bool_
     if sparse is None:
         return possible
-    chosen = sparse(name) if callable(sparse) else name in sparse
+    chosen = bool(sparse(name)) if callable(sparse) else name in sparse
     if chosen and not possible:
         raise CheckpointError(
             out,

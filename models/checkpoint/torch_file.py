@@ -48,6 +48,7 @@ _OPCODES = frozenset(
         "BUILD",
     )
 )  # fmt: skip
+_BY_CODE = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
 class _Entry(NamedTuple):
@@ -220,7 +221,7 @@ class _Zip:
     def _damaged(self, problem: str) -> NoReturn:
         self.file.fail("zip directory", f"{problem}; the file is damaged, fetch it again")
 
-    def _entries(self, data: bytes, count: int) -> dict[str, _Entry]:
+    def _entries(self, data: bytearray, count: int) -> dict[str, _Entry]:
         out: dict[str, _Entry] = {}
         at = 0
         for _ in range(count):
@@ -244,7 +245,7 @@ class _Zip:
             out[name] = _Entry(header, size)
         return out
 
-    def _wide(self, extra: bytes, *values: int) -> list[int]:
+    def _wide(self, extra: bytearray, *values: int) -> list[int]:
         """Replaces each 0xFFFFFFFF by the next field of the zip64 extra block."""
         at = 0
         while at + 4 <= len(extra):
@@ -275,7 +276,7 @@ class _Zip:
 class _Pickle:
     """A stack machine for the opcodes of a pickled dict of tensors."""
 
-    def __init__(self, file: File, data: bytes):
+    def __init__(self, file: File, data: bytearray):
         self.file, self.data = file, data
         self.stack: list = []
         self.marks: list[int] = []
@@ -287,7 +288,7 @@ class _Pickle:
     def run(self) -> dict:
         try:
             code = io.BytesIO(self.data)
-            while (opcode := pickletools.code2op.get(code.read(1).decode("latin-1"))) is not None:
+            while (opcode := _BY_CODE.get(code.read(1))) is not None:
                 if opcode.name not in _OPCODES:
                     self.fail(
                         f"uses the opcode {opcode.name}, which a dict of tensors does not need"
