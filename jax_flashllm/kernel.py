@@ -141,9 +141,9 @@ def _spmm_transpose(ct, *args, format, shape, activation):
     return [*[None] * len(index), values_bar, x_bar, None]
 
 
-def _map_over(p, args, dims, size, params):
+def _map_over(p, args, dims, params):
     """Batching for anything batched in W or bias: one call an element, in a loop."""
-    batched = [d is not batching.not_mapped for d in dims]
+    batched = [d is not None for d in dims]
     moved = [jnp.moveaxis(a, d, 0) if b else a for a, d, b in zip(args, dims, batched, strict=True)]
 
     def one(slices):
@@ -155,18 +155,13 @@ def _map_over(p, args, dims, size, params):
     return lax.map(one, [a for a, b in zip(moved, batched, strict=True) if b]), 0
 
 
-def _batch_size(args, dims):
-    return next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not batching.not_mapped)
-
-
 def _spmm_batch(args, dims, **params):
     *w_dims, x_dim, bias_dim = dims
-    unbatched = [batching.not_mapped] * len(w_dims)
-    if list(w_dims) == unbatched and bias_dim is batching.not_mapped:
+    if bias_dim is None and all(d is None for d in w_dims):
         # More tokens of the same weight: one more leading axis, one product.
         *rest, x, bias = args
         return spmm_p.bind(*rest, jnp.moveaxis(x, x_dim, 0), bias, **params), 0
-    return _map_over(spmm_p, args, dims, _batch_size(args, dims), params)
+    return _map_over(spmm_p, args, dims, params)
 
 
 _register(spmm_p, _spmm_abstract, _spmm_cpu, _spmm_cuda)
@@ -238,7 +233,7 @@ ad.primitive_transposes[sample_p] = _sample_transpose
 for _p in (decode_p, sample_p):
     ad.primitive_jvps[_p] = partial(_linear_jvp, _p)
     batching.primitive_batchers[_p] = lambda args, dims, _p=_p, **params: _map_over(
-        _p, args, dims, _batch_size(args, dims), params
+        _p, args, dims, params
     )
 
 

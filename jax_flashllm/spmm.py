@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashllm.formats import SparseWeight
+from jax_flashllm.formats.weight import HALF_DTYPES
 from jax_flashllm.kernel import ACTIVATIONS, NO_BIAS, decode_p, spmm_p
 
 _X_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
@@ -29,16 +30,8 @@ def spmm(
 
     Raises TypeError for other types or dtypes, ValueError when K or M differ.
     """
-    if not isinstance(w, SparseWeight):
-        raise TypeError(
-            f"spmm: w must be an encoded weight, got {type(w).__name__}; make one with "
-            "jax_flashllm.encode"
-        )
+    _check_weight("spmm", w)
     m, k = w.shape
-    if w.values.ndim != 2:
-        raise ValueError(
-            f"spmm: w is stacked, with values {list(w.values.shape)}; use jax.vmap or lax.scan"
-        )
     if not hasattr(x, "dtype"):
         raise TypeError(f"spmm: x must be an array, got {type(x).__name__}")
     if x.dtype not in _X_DTYPES:
@@ -55,6 +48,8 @@ def spmm(
         raise ValueError(f"spmm: activation must be None, 'relu' or 'gelu', got {activation!r}")
     if bias is None:
         bias = np.zeros(NO_BIAS, np.float32)
+    elif not hasattr(bias, "dtype"):
+        raise TypeError(f"spmm: bias must be an array, got {type(bias).__name__}")
     elif bias.shape != (m,):
         raise ValueError(f"spmm: bias is {list(bias.shape)} but W is [{m}, {k}]; pass bias [{m}]")
     elif bias.dtype not in _X_DTYPES:
@@ -80,7 +75,26 @@ def spmm(
 def decode(w: SparseWeight) -> jax.Array:
     """Returns W as a dense [M, K] array on w's device; differentiable in `w.values`.
 
-    `w.to_dense()` gives the same bits in NumPy.
+    `w.to_dense()` gives the same bits in NumPy. Raises TypeError for other than encoded weights,
+    ValueError for stacked ones.
     """
+    _check_weight("decode", w)
     dense = decode_p.bind(*w.buffers, w.values, format=w.format, shape=w.shape)
     return dense[: w.shape[0]]
+
+
+def _check_weight(op: str, w) -> None:
+    if not isinstance(w, SparseWeight):
+        raise TypeError(
+            f"{op}: w must be an encoded weight, got {type(w).__name__}; make one with "
+            "jax_flashllm.encode"
+        )
+    if w.values.ndim != 2:
+        raise ValueError(
+            f"{op}: w is stacked, with values {list(w.values.shape)}; use jax.vmap or lax.scan"
+        )
+    if w.dtype not in HALF_DTYPES:
+        raise TypeError(
+            f"{op}: the values of w are {w.dtype}; cast them to float16 or bfloat16, "
+            "e.g. w.with_values(w.values.astype(jnp.bfloat16))"
+        )

@@ -32,6 +32,14 @@ def _grid(rows: int, cols: int) -> tuple[int, int, int]:
     return -(-rows // BAND_ROWS), -(-cols // TILE_COLS), -(-cols // (TILE_COLS * BLOCK_TILES))
 
 
+def _unfold(tiles: np.ndarray) -> np.ndarray:
+    """[S, bands, tiles, step, lane, bit] to the matrices that they stand for, [S, rows, cols]."""
+    s, bands, n = tiles.shape[:3]
+    # lane (g, t), bit (half, j) -> row (half, g), column (t, step, j)
+    dense = tiles.reshape(s, bands, n, 4, 8, 4, 2, 4).transpose(0, 1, 6, 4, 2, 5, 3, 7)
+    return dense.reshape(s, bands * BAND_ROWS, n * TILE_COLS)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Bitmap(SparseWeight):
@@ -61,14 +69,17 @@ class Bitmap(SparseWeight):
     def nnz(self) -> int:
         return int(np.bitwise_count(np.asarray(self.masks)).sum(dtype=np.int64))
 
-    def to_dense(self) -> np.ndarray:
-        (m, k), rows = self.shape, self.shard_rows
-        bands, tiles, blocks = _grid(rows, k)
+    def _bits(self) -> np.ndarray:
+        """The masks' bits in the order of the values: bool [S, bands, tiles, step, lane, bit]."""
         masks = np.asarray(self.masks)
-        # [S, bands, tiles, lane, step, bit]: the order of bits in memory, made explicit.
+        # In memory a lane's steps lie together: [S, bands, tiles, lane, step, bit].
         bits = masks[..., None] >> np.arange(32, dtype=np.uint32) & 1
-        bits = bits.astype(bool).reshape(self.shards, bands, tiles, 32, 4, 8)
-        bits = bits.swapaxes(3, 4)  # values go step by step, lane by lane
+        return bits.astype(bool).reshape(*masks.shape, 4, 8).swapaxes(3, 4)
+
+    def _to_dense(self) -> np.ndarray:
+        (m, k), rows = self.shape, self.shard_rows
+        bands, _, blocks = _grid(rows, k)
+        bits = self._bits()
         dense = np.zeros(bits.shape, np.uint16)
         values, offsets = words(self.values), np.asarray(self.offsets).astype(np.int64)
         for s in range(self.shards):
@@ -77,14 +88,10 @@ class Bitmap(SparseWeight):
                     part = np.s_[s, band, block * BLOCK_TILES : (block + 1) * BLOCK_TILES]
                     start = offsets[s, band * blocks + block] * VECTOR
                     dense[part][bits[part]] = values[s, start : start + bits[part].sum()]
-        # [S, bands, tiles, step, g, t, half, j] -> row (half, g), column (t, step, j)
-        dense = dense.reshape(self.shards, bands, tiles, 4, 8, 4, 2, 4)
-        dense = dense.transpose(0, 1, 6, 4, 2, 5, 3, 7)
-        dense = dense.reshape(self.shards, bands * BAND_ROWS, tiles * TILE_COLS)
-        dense = dense[:, :rows, :k].reshape(-1, k)[:m]
+        dense = _unfold(dense)[:, :rows, :k].reshape(-1, k)[:m]
         return np.ascontiguousarray(dense).view(self.dtype)
 
-    def validate(self) -> None:
+    def _validate(self) -> None:
         bands, tiles, blocks = _grid(self.shard_rows, self.shape[1])
         counts = np.bitwise_count(np.asarray(self.masks)).sum(-1, dtype=np.int64)
         counts = np.pad(counts, ((0, 0), (0, 0), (0, blocks * BLOCK_TILES - tiles)))
@@ -99,3 +106,12 @@ class Bitmap(SparseWeight):
                 f"values {offsets[s, b] * VECTOR} to {offsets[s, b + 1] * VECTOR} of "
                 f"{self.values.shape[1]}"
             )
+        (m, k), rows = self.shape, self.shard_rows
+        stored = _unfold(self._bits())
+        padding = [
+            stored[:, rows:],
+            stored[:, :, k:],
+            stored[:, :rows].reshape(-1, stored.shape[2])[m:],
+        ]
+        if any(part.any() for part in padding):
+            raise ValueError(f"Bitmap: a mask bit lies outside the matrix [{m}, {k}]")

@@ -59,7 +59,7 @@ class TiledCSL(SparseWeight):
     def nnz(self) -> int:
         return int((np.asarray(self.positions) < PADDING).sum())
 
-    def to_dense(self) -> np.ndarray:
+    def _to_dense(self) -> np.ndarray:
         (m, k), rows = self.shape, self.shard_rows
         bands, tiles = _grid(rows, k)
         dense = np.zeros((self.shards, bands * TILE_ROWS, tiles * TILE_COLS), np.uint16)
@@ -75,7 +75,7 @@ class TiledCSL(SparseWeight):
         dense = dense[:, :rows, :k].reshape(-1, k)[:m]
         return np.ascontiguousarray(dense).view(self.dtype)
 
-    def validate(self) -> None:
+    def _validate(self) -> None:
         offsets = np.asarray(self.offsets).astype(np.int64)
         end = offsets[:, -1].max() * VECTOR
         if (np.diff(offsets, axis=1) < 0).any() or end > self.values.shape[1]:
@@ -90,3 +90,27 @@ class TiledCSL(SparseWeight):
                 f"TiledCSL: position {i} of shard {s} is {int(self.positions[s, i])}, outside a "
                 f"{TILE_ROWS} x {TILE_COLS} tile"
             )
+        for s in range(self.shards):
+            self._validate_shard(s, offsets[s])
+
+    def _validate_shard(self, s: int, offsets: np.ndarray) -> None:
+        (m, k), rows = self.shape, self.shard_rows
+        _, tiles = _grid(rows, k)
+        position, value = np.asarray(self.positions[s]), words(self.values[s])
+        tile = np.repeat(np.arange(offsets.size - 1), np.diff(offsets) * VECTOR)
+        begin, end = offsets[0] * VECTOR, offsets[-1] * VECTOR
+        outside = np.concatenate([position[:begin], position[end:]])
+        position, value = position[begin:end], value[begin:end]
+        stored, row = position < PADDING, position >> 6 & 127
+        col = (position & 63) ^ (row % 8 * 8)
+        row, col = tile // tiles * TILE_ROWS + row, tile % tiles * TILE_COLS + col
+        where = (row >= min(rows, m - s * rows)) | (col >= k)
+        if (where & stored).any() or (outside < PADDING).any():
+            raise ValueError(f"TiledCSL: shard {s} has a weight outside the matrix [{m}, {k}]")
+        place = row * tiles * TILE_COLS + col
+        unique, count = np.unique(place[stored], return_counts=True)
+        if (count > 1).any():
+            r, c = divmod(int(unique[count > 1][0]), tiles * TILE_COLS)
+            raise ValueError(f"TiledCSL: shard {s} stores row {r}, column {c} twice")
+        if value[~stored].any() or np.isin(place[~stored], unique).any():
+            raise ValueError(f"TiledCSL: shard {s} has padding that is no +0 beside the weights")

@@ -70,7 +70,7 @@ class SparseWeight:
     @property
     def sparsity(self) -> float:
         """Share of weights not stored, 0 to 1."""
-        return 1 - self.nnz / math.prod(self.shape)
+        return 1 - self.nnz / self._size
 
     @property
     def nbytes(self) -> int:
@@ -79,18 +79,44 @@ class SparseWeight:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / math.prod(self.shape)
+        return 8 * self.nbytes / self._size
+
+    @property
+    def _size(self) -> int:
+        return math.prod((*self.values.shape[:-2], *self.shape))
 
     def to_dense(self) -> np.ndarray:
-        """W [M, K] in NumPy, bit for bit. Written for reading: the format's specification."""
-        raise NotImplementedError
+        """W [M, K] in NumPy, bit for bit; [L, M, K] of a stack."""
+        if len(self.values.shape) > 2:
+            return np.stack([w.to_dense() for w in self._unstacked()])
+        return self._to_dense()
 
     def validate(self) -> None:
         """Checks the contents of the buffers; raises ValueError naming what is wrong.
 
         The encoders' output always passes. Needed only for buffers built by other means.
         """
+        if self.dtype not in HALF_DTYPES:
+            raise ValueError(
+                f"{type(self).__name__}: values are {self.dtype}, expected float16 or bfloat16"
+            )
+        if len(self.values.shape) > 2:
+            for w in self._unstacked():
+                w.validate()
+        else:
+            self._validate()
+
+    def _to_dense(self) -> np.ndarray:
+        """Written for reading: the format's specification."""
         raise NotImplementedError
+
+    def _validate(self) -> None:
+        raise NotImplementedError
+
+    def _unstacked(self):
+        return [
+            jax.tree.map(lambda b, i=i: np.asarray(b)[i], self) for i in range(len(self.values))
+        ]
 
     def with_values(self, values: jax.Array):
         """The same nonzero positions with other values, e.g. to differentiate in the values."""
@@ -105,7 +131,8 @@ class SparseWeight:
         name = type(self).__name__
         try:
             m, k = self.shape
-            text = f"{name}([{m}, {k}] {self.dtype}"
+            stacked = f"stack of {self.values.shape[0]}, " if self.values.ndim > 2 else ""
+            text = f"{name}({stacked}[{m}, {k}] {self.dtype}"
             if self.shards > 1:
                 text += f", shards={self.shards}"
             if any(isinstance(b, jax.core.Tracer) for b in jax.tree.leaves(self)):

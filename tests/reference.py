@@ -1,0 +1,62 @@
+"""References for the core's tests: NumPy in float64, sharing no code with the kernels."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+FLOATS = [np.dtype(np.float32), *HALVES]
+FORMATS = ["bitmap", "tiled_csl"]
+
+# Unit roundoff of the output and half its smallest subnormal. XLA flushes no fp16 to zero.
+ROUNDOFF = {"float32": (2.0**-23, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}
+
+
+def bits(x) -> np.ndarray:
+    x = np.asarray(x)
+    return x.view(f"u{x.dtype.itemsize}")
+
+
+def sparse_matrix(shape, dtype, density, seed=0, integers=False) -> np.ndarray:
+    """Random [M, K] with about `density` nonzeros, +0 elsewhere."""
+    rng = np.random.default_rng(seed)
+    if integers:
+        w = rng.integers(1, 5, shape) * rng.choice([-1, 1], shape)
+    else:
+        w = rng.standard_normal(shape)
+    return np.where(rng.random(shape) < density, w, 0).astype(np.float32).astype(dtype)
+
+
+def dense_product(x, w, bias=None) -> np.ndarray:
+    """x [..., K] W^T + bias in float64."""
+    y = np.asarray(x).astype(np.float64) @ np.asarray(w).astype(np.float64).T
+    return y if bias is None else y + np.asarray(bias).astype(np.float64)
+
+
+def gelu(z: np.ndarray) -> np.ndarray:
+    return 0.5 * z * (1 + np.vectorize(math.erf, otypes=[float])(z / math.sqrt(2)))
+
+
+ACTIVATIONS = {None: lambda z: z, "relu": lambda z: np.maximum(z, 0), "gelu": gelu}
+
+
+def assert_product(y, x, w, bias=None, activation=None):
+    """|y - ref| <= u_out |ref| + nnz_row 2^-23 (|x| @ |W|.T), for finite x and w.
+
+    With a bias one more term is summed, and |gelu'| <= 1.13 widens the second part.
+    """
+    y, w = np.asarray(y), np.asarray(w)
+    ref = ACTIVATIONS[activation](dense_product(x, w, bias))
+    scale = dense_product(np.abs(x), np.abs(w), None if bias is None else np.abs(bias))
+    terms = np.count_nonzero(w.astype(np.float64), axis=1) + (bias is not None)
+    if activation == "gelu":
+        terms = 1.13 * terms + 4  # and erf's own rounding
+    u, tiny = ROUNDOFF[y.dtype.name]
+    bound = u * np.abs(ref) + terms * 2.0**-23 * scale + tiny
+    error = np.abs(y.astype(np.float64) - ref)
+    assert y.shape == ref.shape
+    worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else ()
+    assert (error <= bound).all(), (
+        f"at {worst}: {y[worst]} for {ref[worst]}, error {error[worst]:.3g} > {bound[worst]:.3g}"
+    )
