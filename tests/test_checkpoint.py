@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import time
+import tracemalloc
 
 import flax.serialization
 import flax.traverse_util
@@ -210,6 +211,7 @@ def test_unknown_names_and_closed_files(tmp_path):
         checkpoint.read("model.decoder.layers.0.fc1.weight")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files on Linux")
 def test_files_are_released(tmp_path):
     model_dir(tmp_path, model__safetensors=safetensors_bytes(weights()))
     before = len(os.listdir("/proc/self/fd"))
@@ -220,6 +222,31 @@ def test_files_are_released(tmp_path):
         with pytest.raises(CheckpointError):
             open_checkpoint(tmp_path)
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "packed", "flax", "torch"])
+def test_loading_takes_little_more_than_the_weights(tmp_path, kind):
+    """A whole model, one tensor at a time, within 1.3x of its dense bytes."""
+    rng = np.random.default_rng(0)
+    w = {}
+    for i in range(12):
+        w[f"l{i}.weight"] = rng.standard_normal((512, 1024), dtype=np.float32).astype(np.float16)
+        w[f"l{i}.weight"][:, ::2] = 0
+    path = tmp_path / "m"
+    if kind == "safetensors":
+        model_dir(path, model__safetensors=safetensors_bytes(w))
+    elif kind == "packed":
+        save_packed(path, {}, w.items(), list(w))
+    elif kind == "flax":
+        model_dir(path, flax_model__msgpack=flax.serialization.to_bytes(flax_tree(w)))
+    else:
+        model_dir(path, pytorch_model__bin=torch_bytes(tmp_path / "x", w))
+    tracemalloc.start()
+    with open_checkpoint(path) as checkpoint:
+        held = {name: checkpoint.read(name) for name in checkpoint.names()}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.3 * sum(a.nbytes for a in held.values())
 
 
 def test_expanding_ten_million_weights_is_fast(tmp_path):

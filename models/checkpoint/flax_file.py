@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import DTYPES, MAX_TENSORS, Dense, File, Tensor, check_shape, quote
+from .base import DTYPES, MAX_TENSORS, Dense, File, Tensor, check_shape, quote, transpose
 
 MAX_DEPTH = 24
 MAX_KEY = 256
@@ -49,7 +49,7 @@ class Chunked:
             out[at : at + count] = piece.read()
             at += count
         if self.transposed:
-            return np.ascontiguousarray(out.reshape(self.shape[::-1]).T)
+            return transpose(out.reshape(self.shape[::-1]))
         return out.reshape(self.shape)
 
 
