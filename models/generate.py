@@ -130,11 +130,9 @@ _programs = functools.lru_cache(maxsize=8)(_Programs)
 
 
 def _programs_of(model: OPT, cache_dtype: Any) -> tuple[_Programs, list[jax.Array]]:
+    dtype = _check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
     graphdef, state = nnx.split(model)
     weights, treedef = jax.tree.flatten(state)
-    dtype = jnp.dtype(model.dtype if cache_dtype is None else cache_dtype)
-    if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
-        raise ValueError(f"generate: cache_dtype is {dtype}; choose float16, bfloat16 or float32.")
     return _programs(graphdef, treedef, model.config, dtype), weights
 
 
@@ -234,21 +232,41 @@ def _check_seed(seed: int) -> None:
         raise ValueError(f"generate: seed is {seed!r}; pass an integer from 0 to 2**64 - 1.")
 
 
+def _check_cache_dtype(dtype: Any) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.float16, jnp.bfloat16, jnp.float32):
+        raise ValueError(
+            f"generate: cache_dtype is {found or repr(dtype)}; choose float16, bfloat16 or float32."
+        )
+    return found
+
+
 def _check_ends(config: OPTConfig, stop: Any, eos_token_id: Any) -> list[np.ndarray]:
     """All token sequences that end a row."""
-    if eos_token_id is None:
-        eos_token_id = config.eos_token_ids
-    ends = [[int(token)] for token in np.atleast_1d(np.asarray(eos_token_id, np.int64))]
-    if stop is not None:
-        sequences = list(stop)
-        if sequences and all(isinstance(token, (int, np.integer)) for token in sequences):
-            sequences = [sequences]
-        for sequence in sequences:
-            array = np.asarray(sequence)
-            if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
-                raise ValueError(
-                    f"generate: stop sequence {sequence!r} is not a list of token ids; encode "
-                    "text with the tokenizer first."
-                )
-            ends.append(list(sequence))
+    eos = np.asarray(config.eos_token_ids if eos_token_id is None else eos_token_id)
+    if eos.size and (eos.ndim > 1 or not np.issubdtype(eos.dtype, np.integer)):
+        raise ValueError(
+            f"generate: eos_token_id is {eos_token_id!r}; pass a token id, several, or () for none."
+        )
+    ends = [[int(token)] for token in eos.reshape(-1)]
+    for (token,) in ends if eos_token_id is not None else ():
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(
+                f"generate: eos_token_id holds {token}, outside the vocabulary of "
+                f"{config.vocab_size}; pass () to end at no token."
+            )
+    sequences = [] if stop is None else list(stop)
+    if sequences and all(isinstance(token, (int, np.integer)) for token in sequences):
+        sequences = [sequences]
+    for sequence in sequences:
+        array = np.asarray(sequence)
+        if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(
+                f"generate: stop sequence {sequence!r} is not a list of token ids; encode text "
+                "with the tokenizer first."
+            )
+        ends.append(list(array))
     return [np.asarray(end, np.int32) for end in ends]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +44,10 @@ class Sampling:
         Raises ValueError for temperature < 0 or not finite, top_k < 1, top_p outside (0, 1] or
         min_p outside [0, 1].
         """
-        _check("temperature", temperature, 0 <= temperature < math.inf, "a number from 0 (greedy)")
-        if top_k is not None:
-            integer = isinstance(top_k, (int, np.integer)) and not isinstance(top_k, bool)
-            _check("top_k", top_k, integer and top_k >= 1, "an integer from 1, or None for all")
-        if top_p is not None:
-            _check("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1, or None for all")
-        if min_p is not None:
-            _check("min_p", min_p, 0 <= min_p <= 1, "from 0 to 1, or None for all")
+        _check("temperature", temperature, 0, math.inf, "a finite number from 0 (greedy)")
+        _check("top_p", top_p, math.ulp(0.0), 1, "above 0 and at most 1, or None for all")
+        _check("min_p", min_p, 0, 1, "from 0 to 1, or None for all")
+        _check("top_k", top_k, 1, math.inf, "an integer from 1, or None for all", integer=True)
         if temperature == 0:
             return None
         return cls(
@@ -61,8 +58,12 @@ class Sampling:
         )
 
 
-def _check(name: str, value: float, holds: bool, wanted: str) -> None:
-    if not holds:
+def _check(name: str, value: Any, least: float, most: float, wanted: str, integer=False) -> None:
+    if value is None and name != "temperature":
+        return
+    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not number or not least <= value <= most or math.isinf(value):
         raise ValueError(f"sampling: {name} is {value!r}; it is {wanted}.")
 
 
