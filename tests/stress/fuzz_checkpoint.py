@@ -2,8 +2,9 @@
 
     python tests/stress/fuzz_checkpoint.py --count 1000000 --seed 1
 
-Every mutation must end in CheckpointError or in tensors of the declared shapes; anything else,
-a read of more than a second of CPU time, or a peak over 2x the file + 64 MB stops the run and keeps the file.
+Every mutation must end in CheckpointError or in tensors of the declared shapes. Anything else, a
+read of more than a second of CPU time, or a peak over 2x the file + 64 MB stops the run and keeps
+the file.
 """
 
 import argparse
