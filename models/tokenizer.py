@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
@@ -36,6 +37,19 @@ class TextTokenizer:
 
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: the bytes of text each token stands for, 0 for special tokens."""
+        added = self._backend.get_added_tokens_decoder()
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        size = np.zeros(max(vocab.values(), default=-1) + 1, np.int32)
+        for token, i in vocab.items():
+            # A byte-level token is spelled with one character a byte; an added one as it is.
+            if i not in added:
+                size[i] = len(token)
+            elif not added[i].special:
+                size[i] = len(token.encode())
+        return size
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A decoder that takes one id at a time."""
