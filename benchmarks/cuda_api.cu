@@ -1,0 +1,62 @@
+// The CUDA kernels behind plain C calls, for timing outside XLA (benchmarks/gpu_timing.py).
+// Built by `cmake --build . --target flashllm_cuda_api`; not part of the package.
+#include "../csrc/cuda/spmm.h"
+
+namespace {
+
+using namespace flashllm::cuda;
+
+bool g_overlap = false;
+
+__global__ void ReadKernel(const uint4* data, size_t n, uint4* out) {
+  uint4 sum = make_uint4(0, 0, 0, 0);
+  const size_t stride = size_t(gridDim.x) * blockDim.x;
+  size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; i + 3 * stride < n; i += 4 * stride) {
+    uint4 v[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = __ldcs(data + i + j * stride);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum.x ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+  }
+  if (sum.x == 0x12345678u) *out = sum;
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int flashllm_initialize() {
+  return InitializeBitmap(&g_overlap);
+}
+
+__attribute__((visibility("default"))) int flashllm_read(void* stream, const void* data,
+                                                         size_t bytes, void* out) {
+  ReadKernel<<<132 * 8, 512, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const uint4*>(data), bytes / 16, static_cast<uint4*>(out));
+  return cudaGetLastError();
+}
+
+// types: 0 fp16, 1 bf16, 2 fp32; format: 0 bitmap, 1 Tiled-CSL.
+__attribute__((visibility("default"))) int flashllm_spmm(
+    void* stream, int format, const void* index, const void* offsets, const void* values,
+    int weight, int64_t m, int64_t k, int64_t capacity, const void* x, int token, int64_t n,
+    const void* bias, void* y, int activation, int ctas, int warps, int group, int64_t chunk,
+    void* workspace, size_t workspace_bytes) {
+  Problem p = {};
+  p.format = static_cast<Format>(format);
+  if (p.format == Format::kBitmap)
+    p.masks = static_cast<const uint32_t*>(index);
+  else
+    p.positions = static_cast<const uint16_t*>(index);
+  p.offsets = static_cast<const uint32_t*>(offsets);
+  p.values = static_cast<const uint16_t*>(values);
+  p.weight = static_cast<Type>(weight);
+  p.shards = 1, p.rows = m, p.k = k, p.capacity = capacity;
+  p.x = x, p.token = static_cast<Type>(token), p.n = n;
+  p.bias = bias, p.bias_type = p.token, p.y = y, p.activation = activation;
+  const Plan plan = {ctas, warps, group, chunk, workspace, workspace_bytes};
+  const char* why;
+  return Spmm(static_cast<cudaStream_t>(stream), p, plan, g_overlap, &why);
+}
+}

@@ -1,0 +1,289 @@
+"""Times our CUDA kernels and cuBLAS side by side, outside XLA; torch drives both.
+
+Every time is the median over replays of a CUDA graph that walks distinct copies of the
+weight, more than 256 MB in all, so that no copy is still in the L2 cache. Each result is
+checked against an fp32 product first, into poisoned outputs.
+
+    python benchmarks/gpu_timing.py --library build/libflashllm_cuda_api.so --csv out.csv
+"""
+
+import argparse
+import csv
+import ctypes
+import itertools
+import os
+import statistics
+
+import numpy as np
+import torch
+
+from jax_flashllm import _flashllm
+from jax_flashllm import plan as planning
+
+ROTATE_BYTES = 300 << 20
+REPLAYS = 12
+SHAPES = ((28672, 7168), (9216, 36864), (7168, 7168), (21504, 7168), (7168, 28672))
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+NUMPY = {torch.float16: np.float16, torch.float32: np.float32}
+
+
+# ---- timing ----
+
+
+def graph_time(calls) -> tuple[float, float]:
+    """Median and spread (interquartile) of one call's microseconds, calls run in turn."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:3]:
+            call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        graph.replay()
+        times = []
+        for _ in range(REPLAYS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    quarter = statistics.quantiles(times, n=4)
+    return statistics.median(times), quarter[2] - quarter[0]
+
+
+def copies_for(nbytes: int) -> int:
+    return max(4, -(-ROTATE_BYTES // max(nbytes, 1)))
+
+
+# ---- ours ----
+
+
+class Library:
+    """libflashllm_cuda_api.so."""
+
+    def __init__(self, path: str):
+        self.lib = ctypes.CDLL(path)
+        p, i, q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        self.lib.flashllm_spmm.argtypes = (
+            [p, i, p, p, p, i, q, q, q, p, i, q, p, p, i, i, i, i, q, p, q]
+        )
+        self.lib.flashllm_read.argtypes = [p, p, ctypes.c_size_t, p]
+        self.check(self.lib.flashllm_initialize())
+
+    @staticmethod
+    def check(code: int):
+        if code:
+            raise RuntimeError(f"CUDA error {code}")
+
+    def read(self, data, out):
+        stream = torch.cuda.current_stream().cuda_stream
+        self.check(self.lib.flashllm_read(stream, data.data_ptr(), data.nbytes, out.data_ptr()))
+
+    def spmm(self, w, x, y, plan, workspace, bias=None, activation=0):
+        self.check(
+            self.lib.flashllm_spmm(
+                torch.cuda.current_stream().cuda_stream,
+                0 if w.format == "bitmap" else 1,
+                w.index.data_ptr(),
+                w.offsets.data_ptr(),
+                w.values.data_ptr(),
+                TYPES[w.dtype],
+                *w.shape,
+                w.values.numel(),
+                x.data_ptr(),
+                TYPES[x.dtype],
+                x.shape[0],
+                None if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                activation,
+                plan.ctas,
+                plan.warps,
+                plan.group,
+                plan.chunk,
+                workspace.data_ptr(),
+                workspace.numel(),
+            )
+        )
+
+
+class Weight:
+    """An encoded weight on the GPU."""
+
+    def __init__(self, dense: torch.Tensor, format: str):
+        self.format, self.shape, self.dtype = format, tuple(dense.shape), dense.dtype
+        bits = dense.cpu().view(torch.int16).numpy().view(np.uint16)
+        encoder = getattr(_flashllm, f"encode_{format}")
+        arrays = encoder(np.ascontiguousarray(bits), 1)
+        self.index, self.offsets, self.values = (
+            torch.from_numpy(a.view({2: np.int16, 4: np.int32}[a.itemsize])).cuda()
+            for a in arrays
+        )
+
+    @property
+    def nbytes(self):
+        return sum(t.nbytes for t in (self.index, self.offsets, self.values))
+
+    def clone(self):
+        other = object.__new__(Weight)
+        other.__dict__.update(
+            {k: v.clone() if torch.is_tensor(v) else v for k, v in self.__dict__.items()}
+        )
+        return other
+
+
+def random_weight(m, k, sparsity, dtype, seed=0):
+    g = torch.Generator("cuda").manual_seed(seed)
+    dense = torch.randn(m, k, device="cuda", generator=g).to(dtype)
+    keep = torch.rand(m, k, device="cuda", generator=g) >= sparsity
+    return dense * keep
+
+
+def plan_for(w: Weight, n: int, token_dtype, **changes):
+    dev = planning.Device(
+        torch.cuda.get_device_properties(0).multi_processor_count,
+        changes.pop("warps", planning.Device(0, 16).warps),
+    )
+    n_terms = 1 if token_dtype == w.dtype else 3 if token_dtype == torch.float32 else 2
+    return planning.choose(w.format, w.shape[0], 1, w.shape[1], n, n_terms, dev)
+
+
+def bound(x, dense, ref):
+    """|y - ref| <= u |ref| + nnz 2^-23 |x| |W|^T (house-style.md)."""
+    u = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-23}[x.dtype]
+    nnz = (dense != 0).sum(1).double()
+    reach = x.double().abs() @ dense.double().abs().T
+    return u * ref.abs() + nnz * 2**-23 * reach + 1e-30
+
+
+def check(lib, w, dense, n, token_dtype) -> float:
+    """Largest error over the bound, NaN for anything unwritten."""
+    m, k = w.shape
+    x = torch.randn(n, k, device="cuda").to(token_dtype)
+    y = torch.full((n, m), torch.nan, device="cuda", dtype=token_dtype)
+    plan = plan_for(w, n, token_dtype)
+    workspace = torch.full((max(plan.workspace, 16),), 255, device="cuda", dtype=torch.uint8)
+    lib.spmm(w, x, y, plan, workspace)
+    ref = x.double() @ dense.double().T
+    return ((y.double() - ref).abs() / bound(x, dense, ref)).max().item()
+
+
+def time_ours(lib, copies, n, token_dtype, plan=None):
+    w = copies[0]
+    x = torch.randn(n, w.shape[1], device="cuda").to(token_dtype)
+    y = torch.empty(n, w.shape[0], device="cuda", dtype=token_dtype)
+    plan = plan or plan_for(w, n, token_dtype)
+    workspace = torch.empty(max(plan.workspace, 16), device="cuda", dtype=torch.uint8)
+    return graph_time([lambda w=w: lib.spmm(w, x, y, plan, workspace) for w in copies])
+
+
+# ---- the others ----
+
+
+def read_bandwidth(lib) -> float:
+    """Bytes a second of reading 2 GiB."""
+    data = torch.randint(0, 127, (1 << 31,), dtype=torch.uint8, device="cuda")
+    out = torch.empty(16, dtype=torch.uint8, device="cuda")
+    us, _ = graph_time([lambda: lib.read(data, out)] * 4)
+    return data.nbytes / us * 1e6
+
+
+def time_cublas(m, k, n, dtype):
+    """Best of four layouts of the dense product."""
+    count = copies_for(m * k * 2)
+    best = None
+    for w_rows, x_rows in itertools.product((True, False), repeat=2):
+        ws = [torch.randn(m, k, device="cuda", dtype=dtype) for _ in range(count)]
+        if not w_rows:
+            ws = [w.T.contiguous().T for w in ws]
+        x = torch.randn(n, k, device="cuda", dtype=dtype)
+        if not x_rows:
+            x = x.T.contiguous().T
+        for flip in (False, True):
+            if flip:
+                y = torch.empty(m, n, device="cuda", dtype=dtype)
+                calls = [lambda w=w, y=y: torch.mm(w, x.T, out=y) for w in ws]
+            else:
+                y = torch.empty(n, m, device="cuda", dtype=dtype)
+                calls = [lambda w=w, y=y: torch.mm(x, w.T, out=y) for w in ws]
+            us, _ = graph_time(calls)
+            best = us if best is None else min(best, us)
+        del ws
+    return best
+
+
+# ---- report ----
+
+
+def parse_shapes(text):
+    return [tuple(int(v) for v in s.split("x")) for s in text.split(",")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--csv", default=os.path.join(os.environ.get("OUT", "."), "gpu.csv"))
+    parser.add_argument("--shapes", type=parse_shapes, default=SHAPES)
+    parser.add_argument("--sparsity", default="0.5,0.6,0.7,0.8,0.9")
+    parser.add_argument("--tokens", default="1,8,16,32")
+    parser.add_argument("--formats", default="bitmap")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--warps", default="16")
+    parser.add_argument("--no-check", action="store_true")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    dtype = getattr(torch, args.dtype)
+    lib = Library(args.library)
+    tokens = [int(t) for t in args.tokens.split(",")]
+    bandwidth = read_bandwidth(lib)
+    gpu = torch.cuda.get_device_name(0)
+    print(f"{gpu}: reads at R = {bandwidth / 1e12:.3f} TB/s; torch {torch.__version__}")
+    fields = "gpu m k sparsity format n warps us spread bits fraction_of_R cublas_us speedup error"
+    with open(args.csv, "w", newline="") as f:
+        writer = csv.DictWriter(f, fields.split())
+        writer.writeheader()
+        for m, k in args.shapes:
+            dense_us = {n: time_cublas(m, k, n, dtype) for n in tokens}
+            for sparsity, format in itertools.product(
+                args.sparsity.split(","), args.formats.split(",")
+            ):
+                dense = random_weight(m, k, float(sparsity), dtype)
+                w = Weight(dense, format)
+                errors = {n: 0.0 if args.no_check else check(lib, w, dense, n, dtype) for n in tokens}
+                del dense
+                copies = [w] + [w.clone() for _ in range(copies_for(w.nbytes) - 1)]
+                for n, warps in itertools.product(tokens, args.warps.split(",")):
+                    plan = plan_for(w, n, dtype, warps=int(warps))
+                    us, spread = time_ours(lib, copies, n, dtype, plan)
+                    row = {
+                        "gpu": gpu,
+                        "m": m,
+                        "k": k,
+                        "sparsity": sparsity,
+                        "format": format,
+                        "n": n,
+                        "warps": plan.warps,
+                        "us": round(us, 2),
+                        "spread": round(spread, 2),
+                        "bits": round(8 * w.nbytes / (m * k), 3),
+                        "fraction_of_R": round(w.nbytes / (us * 1e-6) / bandwidth, 3),
+                        "cublas_us": round(dense_us[n], 2),
+                        "speedup": round(dense_us[n] / us, 3),
+                        "error": round(errors[n], 4),
+                    }
+                    writer.writerow(row)
+                    f.flush()
+                    print(
+                        f"{m}x{k} {sparsity} {format} N={n} W={plan.warps}: {us:.1f} us "
+                        f"+-{spread:.1f}, {row['fraction_of_R']} R, {row['speedup']}x of cuBLAS "
+                        f"{dense_us[n]:.1f}, error {errors[n]:.3f}",
+                        flush=True,
+                    )
+                del copies, w
+
+
+if __name__ == "__main__":
+    main()

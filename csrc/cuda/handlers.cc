@@ -1,0 +1,206 @@
+// FFI handlers on CUDA. Each does the same device work on every call, so XLA may record it
+// into a command buffer; what CUDA forbids there happens in `initialize`.
+#include "handlers.h"
+
+#include <atomic>
+#include <string>
+
+#include "../ffi_checks.h"
+#include "spmm.h"
+
+namespace flashllm::cuda {
+namespace {
+
+using ffi::AnyBuffer;
+using ffi::DataType;
+using Words = ffi::Buffer<DataType::U32>;
+using Halves = ffi::Buffer<DataType::U16>;
+using Stream = ffi::PlatformStream<cudaStream_t>;
+
+// ---- devices ----
+
+constexpr int kMaxDevices = 64;
+enum : int { kUnknown = 0, kReady = 1, kOverlap = 2 };
+std::atomic<int> g_devices[kMaxDevices];
+
+ffi::Error Check(cudaError_t e, const char* what) {
+  if (e == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("jax_flashllm: ") + what + ": " + cudaGetErrorString(e));
+}
+
+ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+  int device, major;
+  if (auto e = Check(cudaGetDevice(&device), "cudaGetDevice"); e.failure()) return e;
+  if (device >= kMaxDevices) return Bad("more than 64 devices in one process");
+  if (g_devices[device].load(std::memory_order_acquire) != kUnknown) return ffi::Error::Success();
+  if (auto e = Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                     "cudaDeviceGetAttribute");
+      e.failure())
+    return e;
+  if (major < 8)
+    return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                      "jax_flashllm: the CUDA kernels need an Ampere GPU (compute capability 8.0) "
+                      "or newer, this one is " +
+                          std::to_string(major) + ".x; run on CPU instead");
+  bool overlap = false;
+  if (auto e = Check(InitializeBitmap(&overlap), "loading the kernels"); e.failure()) return e;
+  g_devices[device].store(overlap ? kOverlap : kReady, std::memory_order_release);
+  return ffi::Error::Success();
+}
+
+// ---- operands ----
+
+Type TypeOf(DataType t) {
+  return t == DataType::F16 ? Type::kF16 : t == DataType::BF16 ? Type::kBF16 : Type::kF32;
+}
+
+bool IsFloat(DataType t) { return IsHalf(t) || t == DataType::F32; }
+
+// W's part of a Problem. `values` may be a result: the output of sample.
+template <typename V>
+ffi::Error SetWeight(const Words& masks, const Words& offsets, const V& values, int64_t m,
+                     int64_t k, Problem* p) {
+  auto shards = CheckValues(values, m, k);
+  if (shards.has_error()) return shards.error();
+  p->format = Format::kBitmap;
+  p->masks = masks.typed_data();
+  p->offsets = offsets.typed_data();
+  p->shards = shards->count, p->rows = shards->rows, p->capacity = shards->capacity, p->k = k;
+  p->weight = TypeOf(values.element_type());
+  p->values = static_cast<const uint16_t*>(values.untyped_data());
+  return CheckBitmap(*shards, k, masks.element_count(), offsets.element_count());
+}
+
+template <typename V>
+ffi::Error SetWeight(const Halves& positions, const Words& offsets, const V& values, int64_t m,
+                     int64_t k, Problem* p) {
+  auto shards = CheckValues(values, m, k);
+  if (shards.has_error()) return shards.error();
+  p->format = Format::kTiledCsl;
+  p->positions = positions.typed_data();
+  p->offsets = offsets.typed_data();
+  p->shards = shards->count, p->rows = shards->rows, p->capacity = shards->capacity, p->k = k;
+  p->weight = TypeOf(values.element_type());
+  p->values = static_cast<const uint16_t*>(values.untyped_data());
+  return CheckTiledCsl(*shards, k, positions.element_count(), offsets.element_count());
+}
+
+bool IsDense(const Problem& p, const AnyBuffer& dense) {
+  return IsHalf(dense.element_type()) &&
+         static_cast<int64_t>(dense.element_count()) == p.shards * p.rows * p.k;
+}
+
+// ---- handlers ----
+
+template <typename Index>
+ffi::Error SpmmHandler(cudaStream_t stream, Index index, Words offsets, AnyBuffer values,
+                       AnyBuffer x, AnyBuffer bias, ffi::Result<AnyBuffer> y,
+                       ffi::Result<AnyBuffer> workspace, int64_t m, int64_t k, int64_t activation,
+                       int64_t ctas, int64_t warps, int64_t group, int64_t chunk) {
+  Problem p = {};
+  if (auto e = SetWeight(index, offsets, values, m, k, &p); e.failure()) return e;
+  const int64_t rows = p.shards * p.rows, size = static_cast<int64_t>(x.element_count());
+  if (!IsFloat(x.element_type()) || y->element_type() != x.element_type())
+    return Bad("x and y must both be float16, bfloat16 or float32");
+  if (size % k || static_cast<int64_t>(y->element_count()) != size / k * rows)
+    return Bad("x or y does not fit the weight's shape");
+  if (bias.element_count() &&
+      (static_cast<int64_t>(bias.element_count()) != rows || !IsFloat(bias.element_type())))
+    return Bad("bias does not fit the weight's rows");
+  p.x = x.untyped_data();
+  p.token = TypeOf(x.element_type());
+  p.n = size / k;
+  p.bias = bias.element_count() ? bias.untyped_data() : nullptr;
+  p.bias_type = TypeOf(bias.element_type());
+  p.y = y->untyped_data();
+  p.activation = static_cast<int>(activation);
+  if (rows > INT32_MAX || k > INT32_MAX / 2) return Bad("the weight is too large");
+  const Plan plan = {static_cast<int>(ctas),  static_cast<int>(warps), static_cast<int>(group),
+                     chunk,                   workspace->untyped_data(), workspace->size_bytes()};
+  int device;
+  if (auto e = Check(cudaGetDevice(&device), "cudaGetDevice"); e.failure()) return e;
+  const char* why;
+  const cudaError_t e = Spmm(stream, p, plan, g_devices[device].load() == kOverlap, &why);
+  return why ? Bad(why) : Check(e, "spmm");
+}
+
+template <typename Index>
+ffi::Error DecodeHandler(cudaStream_t stream, Index index, Words offsets, AnyBuffer values,
+                         ffi::Result<AnyBuffer> out, int64_t m, int64_t k) {
+  Problem p = {};
+  if (auto e = SetWeight(index, offsets, values, m, k, &p); e.failure()) return e;
+  if (!IsDense(p, *out)) return Bad("decode: the output does not fit the weight's shape");
+  return Check(Decode(stream, p, static_cast<uint16_t*>(out->untyped_data())), "decode");
+}
+
+template <typename Index>
+ffi::Error SampleHandler(cudaStream_t stream, Index index, Words offsets, AnyBuffer dense,
+                         ffi::Result<AnyBuffer> out, int64_t m, int64_t k) {
+  Problem p = {};
+  if (auto e = SetWeight(index, offsets, *out, m, k, &p); e.failure()) return e;
+  if (!IsDense(p, dense)) return Bad("sample: the dense matrix does not fit the weight's shape");
+  return Check(Sample(stream, p, static_cast<const uint16_t*>(dense.untyped_data()),
+                      static_cast<uint16_t*>(out->untyped_data())),
+               "sample");
+}
+
+template <typename Index>
+auto BindSpmm() {
+  return ffi::Ffi::Bind()
+      .Ctx<Stream>()
+      .Arg<Index>()
+      .template Arg<Words>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .template Ret<AnyBuffer>()
+      .template Ret<AnyBuffer>()
+      .template Attr<int64_t>("m")
+      .template Attr<int64_t>("k")
+      .template Attr<int64_t>("activation")
+      .template Attr<int64_t>("ctas")
+      .template Attr<int64_t>("warps")
+      .template Attr<int64_t>("group")
+      .template Attr<int64_t>("chunk");
+}
+
+template <typename Index>
+auto BindUnary() {
+  return ffi::Ffi::Bind()
+      .Ctx<Stream>()
+      .Arg<Index>()
+      .template Arg<Words>()
+      .template Arg<AnyBuffer>()
+      .template Ret<AnyBuffer>()
+      .template Attr<int64_t>("m")
+      .template Attr<int64_t>("k");
+}
+
+constexpr auto kCapturable = ffi::Traits::kCmdBufferCompatible;
+
+XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
+                       ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs());
+XLA_FFI_DEFINE_HANDLER(kSpmmBitmap, SpmmHandler<Words>, BindSpmm<Words>(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kSpmmTiledCsl, SpmmHandler<Halves>, BindSpmm<Halves>(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kDecodeBitmap, DecodeHandler<Words>, BindUnary<Words>(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kDecodeTiledCsl, DecodeHandler<Halves>, BindUnary<Halves>(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kSampleBitmap, SampleHandler<Words>, BindUnary<Words>(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kSampleTiledCsl, SampleHandler<Halves>, BindUnary<Halves>(), {kCapturable});
+
+}  // namespace
+
+std::vector<Target> Targets() {
+  return {
+      {"flashllm_spmm_bitmap_v1", kInitialize, kSpmmBitmap},
+      {"flashllm_spmm_tiled_csl_v1", kInitialize, kSpmmTiledCsl},
+      {"flashllm_decode_bitmap_v1", kInitialize, kDecodeBitmap},
+      {"flashllm_decode_tiled_csl_v1", kInitialize, kDecodeTiledCsl},
+      {"flashllm_sample_bitmap_v1", kInitialize, kSampleBitmap},
+      {"flashllm_sample_tiled_csl_v1", kInitialize, kSampleTiledCsl},
+  };
+}
+
+}  // namespace flashllm::cuda

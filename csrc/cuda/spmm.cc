@@ -1,0 +1,110 @@
+// From a Problem and a Plan to launches.
+#include "spmm.h"
+
+#include <algorithm>
+
+#include "../bitmap.h"
+#include "../tiled_csl.h"
+
+namespace flashllm::cuda {
+namespace {
+
+size_t Align(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+size_t TypeBytes(Type t) { return t == Type::kF32 ? 4 : 2; }
+
+}  // namespace
+
+Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
+  Args a = {};
+  a.masks = p.masks;
+  a.positions = p.positions;
+  a.offsets = p.offsets;
+  a.values = p.values;
+  a.terms = Terms(p.weight, p.token);
+  a.tokens_a_term = static_cast<int>(n);
+  a.term_step = p.weight == Type::kF16 ? 0x1p-11f : 1.0f;
+  a.tokens = static_cast<int>(n) * a.terms;
+  a.x_stride = PaddedK(p.k);
+  a.out = {p.y, p.bias, p.token, p.bias_type, p.activation, p.shards * p.rows};
+  a.capacity = p.capacity / 8;
+  a.shard_rows = static_cast<int>(p.rows);
+  if (p.format == Format::kBitmap) {
+    const bitmap::Dims d(p.rows, p.k);
+    a.shard_bands = static_cast<int>(d.bands);
+    a.tiles = static_cast<int>(d.tiles);
+    a.blocks = static_cast<int>(d.blocks);
+    a.shard_offsets = static_cast<int>(d.offsets());
+  } else {
+    const tiled_csl::Dims d(p.rows, p.k);
+    a.shard_bands = static_cast<int>(d.bands) * tiled_csl::kTileRows / 16;
+    a.tiles = a.blocks = static_cast<int>(d.tiles);
+    a.shard_offsets = static_cast<int>(d.offsets());
+  }
+  a.bands = static_cast<int>(p.shards) * a.shard_bands;
+  a.warps = plan.warps;
+  a.strips = static_cast<int>(CeilDiv(a.bands, plan.warps));
+  a.units = int64_t(a.strips) * a.blocks;
+  a.ctas = plan.ctas;
+  a.group = plan.group;
+  a.groups = static_cast<int>(CeilDiv(a.tokens, plan.group));
+  a.keep_all = a.terms > 1;
+  // A CTA's range touches at most this many strips; without terms only its first and last
+  // can be shared with another CTA.
+  const int64_t touched = CeilDiv(CeilDiv(a.units, a.ctas), a.blocks) + 1;
+  a.slots = static_cast<int>(a.keep_all ? touched : a.strips % a.ctas == 0 ? 0 : 2);
+  return a;
+}
+
+Sizes WorkspaceSizes(const Problem& p, const Args& a) {
+  Sizes s = {};
+  if (NeedsPrepare(p)) s.tokens = Align(size_t(a.tokens) * a.x_stride * 2);
+  if (a.terms > 1) s.unscale = Align(size_t(a.tokens_a_term) * 4);
+  s.partial = size_t(a.groups) * a.ctas * a.slots * a.warps * 16 * a.group * 4;
+  return s;
+}
+
+cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool overlap,
+                 const char** why) {
+  *why = nullptr;
+  const auto refuse = [&](const char* text) {
+    *why = text;
+    return cudaErrorInvalidValue;
+  };
+  if (plan.ctas < 1 || plan.warps < 1 || plan.chunk < 1 || plan.group < 8)
+    return refuse("the plan's attributes must be positive");
+  if (p.capacity % 8) return refuse("the capacity of values must be a multiple of 8");
+  const size_t x_row = p.k * TypeBytes(p.token), y_row = p.shards * p.rows * TypeBytes(p.token);
+  for (int64_t n0 = 0; n0 < p.n; n0 += plan.chunk) {
+    const int64_t n = std::min(plan.chunk, p.n - n0);
+    Args a = MakeArgs(p, plan, n);
+    if (a.ctas > a.units) return refuse("the plan has more CTAs than units of work");
+    if (a.groups > 65535) return refuse("the plan's chunk is too long");
+    const Sizes sizes = WorkspaceSizes(p, a);
+    if (sizes.total() > plan.workspace_bytes) return refuse("the workspace is too small");
+    char* workspace = static_cast<char*>(plan.workspace);
+    const char* x = static_cast<const char*>(p.x) + n0 * x_row;
+    a.out.y = static_cast<char*>(p.y) + n0 * y_row;
+    a.unscale = reinterpret_cast<float*>(workspace + sizes.tokens);
+    a.partial = reinterpret_cast<float*>(workspace + sizes.tokens + sizes.unscale);
+    if (NeedsPrepare(p)) {
+      uint16_t* tokens = reinterpret_cast<uint16_t*>(workspace);
+      a.x = tokens;
+      if (cudaError_t e = PrepareTokens(stream, x, p.token, p.weight, n, p.k, a.x_stride, a.terms,
+                                        tokens, reinterpret_cast<float*>(workspace + sizes.tokens)))
+        return e;
+    } else {
+      a.x = reinterpret_cast<const uint16_t*>(x);
+      if (reinterpret_cast<uintptr_t>(x) % 16) return refuse("x must be 16-byte aligned");
+    }
+    const bool bf16 = p.weight == Type::kBF16;
+    if (cudaError_t e = p.format == Format::kBitmap ? BitmapSpmm(stream, a, bf16)
+                                                    : TiledCslSpmm(stream, a, bf16))
+      return e;
+    if (a.slots)
+      if (cudaError_t e = Combine(stream, a, overlap)) return e;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace flashllm::cuda

@@ -1,0 +1,125 @@
+// What a product is (Problem), how it runs (Plan), and who runs it.
+//
+//   x ---> [PrepareTokens] ---> main loop ---> [Combine] ---> y
+//          only for another         |              only where K was split or x has terms
+//          dtype or ragged K        +-- a CTA's finished strips go straight to y
+//
+// Work is cut into strips (16 rows a warp, `warps` warps a CTA) and units (a strip over 256
+// columns of a bitmap, or 64 of Tiled-CSL). CTA c takes the contiguous units
+// [c U / C, (c + 1) U / C): whole strips mostly, so that few sums have to be combined, and
+// always in order of K, so that the same input gives the same bits.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace flashllm::cuda {
+
+enum class Type : int { kF16, kBF16, kF32 };
+enum class Format : int { kBitmap, kTiledCsl };
+
+struct Problem {
+  Format format;
+  const uint32_t* masks;      // bitmap
+  const uint16_t* positions;  // Tiled-CSL
+  const uint32_t* offsets;
+  const uint16_t* values;
+  Type weight;  // fp16 or bf16
+  int64_t shards, rows, k, capacity;
+  const void* x;  // [n, k]
+  Type token;     // of x and y
+  int64_t n;
+  const void* bias;  // [shards * rows] or null
+  Type bias_type;
+  void* y;  // [n, shards * rows]
+  int activation;
+};
+
+// Chosen by jax_flashllm/plan.py from shapes alone.
+struct Plan {
+  int ctas;       // per group of tokens
+  int warps;      // per CTA, 16 rows each
+  int group;      // tokens a pass over W: 8, 16, 32 or 64
+  int64_t chunk;  // tokens of x a round of launches
+  void* workspace;
+  size_t workspace_bytes;
+};
+
+// An x in another type than W is split into terms of W's type, each a token of its own:
+// bf16 holds 8 significant bits, fp16 11, fp32 24. With W in fp16 a token is scaled by a power
+// of two first, and each further term by 2^11, so that fp16's narrow exponent loses nothing
+// above 2^-39 of the token's largest value.
+inline int Terms(Type weight, Type token) {
+  if (weight == token) return 1;
+  return token == Type::kF32 ? 3 : 2;
+}
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tensor cores read whole tiles of 64 columns.
+inline int64_t PaddedK(int64_t k) { return CeilDiv(k, 64) * 64; }
+
+inline bool NeedsPrepare(const Problem& p) { return p.weight != p.token || p.k % 64 != 0; }
+
+// ---- what kernels share ----
+
+struct Output {
+  void* y;
+  const void* bias;
+  Type type, bias_type;
+  int activation;
+  int64_t rows;  // shards * rows: the stride of a token in y
+};
+
+struct Args {
+  const uint32_t* masks;
+  const uint16_t* positions;
+  const uint32_t* offsets;
+  const uint16_t* values;
+  const uint16_t* x;  // [tokens, x_stride] in W's type, whole tiles
+  int64_t x_stride;
+  int tokens;
+  Output out;
+  float* partial;       // [groups][ctas][slots][warps][group / 8][32] float4
+  const float* unscale;  // per token of x, for terms
+  int terms, tokens_a_term;
+  float term_step;         // 2^-11 for fp16 terms, 1 for bf16
+  bool keep_all;           // every strip goes through `partial`
+  int64_t capacity;        // in vectors of 8
+  int64_t units;           // strips * blocks
+  int shard_rows, shard_bands, bands, strips;  // bands of 16 rows
+  int tiles, blocks;       // of a band; units of a strip
+  int shard_offsets;       // offsets a shard
+  int ctas, warps, slots, groups, group;
+  int ring_bytes;  // of a warp
+};
+
+struct Sizes {
+  size_t tokens, unscale, partial;
+  size_t total() const { return tokens + unscale + partial; }
+};
+
+// Fills everything but pointers into x, y and the workspace, for a chunk of n tokens.
+Args MakeArgs(const Problem& p, const Plan& plan, int64_t n);
+Sizes WorkspaceSizes(const Problem& p, const Args& a);
+
+// overlap: launch what combines partial sums while the main loop drains. On
+// cudaErrorInvalidValue `why` may hold the reason.
+cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool overlap,
+                 const char** why);
+
+// Main loops and their helpers, one file each.
+cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16);
+cudaError_t TiledCslSpmm(cudaStream_t stream, const Args& a, bool bf16);
+cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type weight, int64_t n,
+                          int64_t k, int64_t k_padded, int terms, uint16_t* out, float* unscale);
+cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap);
+cudaError_t Decode(cudaStream_t stream, const Problem& p, uint16_t* dense);
+cudaError_t Sample(cudaStream_t stream, const Problem& p, const uint16_t* dense, uint16_t* values);
+
+// Once a device, outside any capture: loads the kernels and raises their shared memory.
+// overlap: whether the loaded code knows programmatic dependent launch.
+cudaError_t InitializeBitmap(bool* overlap);
+
+}  // namespace flashllm::cuda

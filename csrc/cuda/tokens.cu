@@ -1,0 +1,150 @@
+// Before and after the main loop: x into terms of W's type, and sums of partial products.
+#include "strips.cuh"
+
+namespace flashllm::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ inline uint16_t ToHalf(float v, bool bf16) {
+  return bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v));
+}
+
+__device__ inline float ToFloat(uint16_t v, bool bf16) {
+  return bf16 ? __bfloat162float(__ushort_as_bfloat16(v)) : __half2float(__ushort_as_half(v));
+}
+
+// One CTA a token: x[token] = (term 0 + 2^-s term 1 + 2^-2s term 2) * unscale, s = 11 for fp16
+// and 0 for bf16; columns from K to k_padded are zero. Inf and NaN stay whole in term 0.
+__global__ void __launch_bounds__(kThreads)
+    PrepareKernel(const void* x, Type type, bool bf16, int64_t n, int64_t k, int64_t k_padded,
+                  int terms, uint16_t* out, float* unscale) {
+  const int64_t token = blockIdx.x;
+  float scale = 1.0f;
+  if (terms > 1 && !bf16) {
+    __shared__ uint32_t warp_max[kThreads / 32];
+    uint32_t largest = 0;  // of the finite magnitudes; bits of floats order like floats
+    for (int64_t c = threadIdx.x; c < k; c += kThreads) {
+      const uint32_t bits = __float_as_uint(LoadFloat(x, type, token * k + c)) & 0x7fffffffu;
+      if (bits < 0x7f800000u) largest = max(largest, bits);
+    }
+    largest = __reduce_max_sync(~0u, largest);
+    if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = largest;
+    __syncthreads();
+    for (int w = 0; w < kThreads / 32; ++w) largest = max(largest, warp_max[w]);
+    // The largest magnitude goes to [2^14, 2^15): exponent field e to 127 + 14.
+    const int shift = largest ? min(126, 127 + 14 - static_cast<int>(largest >> 23)) : 0;
+    scale = __uint_as_float(static_cast<uint32_t>(127 + shift) << 23);
+    if (threadIdx.x == 0) unscale[token] = __uint_as_float(static_cast<uint32_t>(127 - shift) << 23);
+  } else if (terms > 1 && threadIdx.x == 0) {
+    unscale[token] = 1.0f;
+  }
+  const float step = bf16 ? 1.0f : 2048.0f;
+  for (int64_t c = threadIdx.x; c < k_padded; c += kThreads) {
+    float rest = c < k ? LoadFloat(x, type, token * k + c) * scale : 0.0f;
+    for (int term = 0; term < terms; ++term) {
+      uint16_t half = ToHalf(rest, bf16);
+      float held = ToFloat(half, bf16);
+      // A finite float above bf16's largest: round towards zero instead.
+      if (isinf(held) && !isinf(rest)) {
+        half = static_cast<uint16_t>(half - 1);
+        held = ToFloat(half, bf16);
+      }
+      out[(term * n + token) * k_padded + c] = half;
+      rest = isfinite(held) ? (rest - held) * step : 0.0f;
+    }
+  }
+}
+
+// Sums of a fragment over the CTAs that share its strip, in order of K.
+__global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Args a) {
+  const int lane = threadIdx.x % 32, octets = a.group / 8;
+  int64_t index = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int n8 = static_cast<int>(index % octets);
+  index /= octets;
+  const int warp = static_cast<int>(index % a.warps);
+  index /= a.warps;
+  const int strip = static_cast<int>(index % a.strips), group = static_cast<int>(index / a.strips);
+  if (group >= a.groups) return;
+  const int first = CtaOf(a, int64_t(strip) * a.blocks);
+  const int last = CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
+  if (first == last) return;  // written by its only CTA
+  ptx::WaitForPrevious();
+  const float4* partial = reinterpret_cast<const float4*>(a.partial);
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (int c = first; c <= last; ++c) {
+    const int ordinal = strip - static_cast<int>(FirstUnit(a, c) / a.blocks);
+    const float4 p =
+        partial[PartialIndex(a, group, c, min(ordinal, a.slots - 1), warp, n8) + lane];
+    sum.x += p.x;
+    sum.y += p.y;
+    sum.z += p.z;
+    sum.w += p.w;
+  }
+  const int token0 = (group * octets + n8) * 8;
+  StoreFragment(a, BandOf(a, strip * a.warps + warp), token0, lane, sum);
+}
+
+// The same for tokens in terms: one thread an element of y.
+__global__ void __launch_bounds__(kThreads) CombineTermsKernel(const __grid_constant__ Args a) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t padded_rows = int64_t(a.strips) * a.warps * 16;
+  const int64_t token = index / padded_rows;
+  if (token >= a.tokens_a_term) return;
+  const int row = static_cast<int>(index % padded_rows);
+  const int strip = row / (a.warps * 16), warp = row / 16 % a.warps;
+  const Band band = BandOf(a, row / 16);
+  if (row % 16 >= band.valid) return;
+  const int first = CtaOf(a, int64_t(strip) * a.blocks);
+  const int last = CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
+  ptx::WaitForPrevious();
+  const float unscale = a.unscale[token];
+  float total = 0.0f, weight = 1.0f;
+  for (int term = 0; term < a.terms; ++term, weight *= a.term_step) {
+    const int col = static_cast<int>(term * a.tokens_a_term + token);
+    const int group = col / a.group, n8 = col % a.group / 8;
+    const int at_lane = (row % 8) * 4 + col % 8 / 2, reg = row % 16 / 8 * 2 + col % 2;
+    float sum = 0.0f;
+    for (int c = first; c <= last; ++c) {
+      const int ordinal = strip - static_cast<int>(FirstUnit(a, c) / a.blocks);
+      const int64_t at = PartialIndex(a, group, c, min(ordinal, a.slots - 1), warp, n8) + at_lane;
+      sum += a.partial[at * 4 + reg];
+    }
+    // Inf in W meets the zeros of the smaller terms: what term 0 says then stands.
+    if (term == 0) {
+      total = sum;
+      if (!isfinite(sum)) break;
+    } else {
+      total += sum * weight;
+    }
+  }
+  Store(a.out, token, band.row0 + row % 16, total * unscale);
+}
+
+}  // namespace
+
+cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type weight, int64_t n,
+                          int64_t k, int64_t k_padded, int terms, uint16_t* out, float* unscale) {
+  PrepareKernel<<<static_cast<unsigned>(n), kThreads, 0, stream>>>(
+      x, token, weight == Type::kBF16, n, k, k_padded, terms, out, unscale);
+  return cudaGetLastError();
+}
+
+cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap) {
+  const int64_t threads = a.terms > 1
+                              ? int64_t(a.tokens_a_term) * a.strips * a.warps * 16
+                              : int64_t(a.groups) * a.strips * a.warps * (a.group / 8) * 32;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(CeilDiv(threads, kThreads)));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  // Starts while the main loop drains; it waits for it before it reads.
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, a.terms > 1 ? CombineTermsKernel : CombineKernel, a);
+}
+
+}  // namespace flashllm::cuda

@@ -1,0 +1,117 @@
+"""How a product runs on a GPU: the cut of the work, as static attributes of the custom call.
+
+Chosen from shapes and the device alone, so that it is part of the jit key and equal inputs
+give equal bits. csrc/cuda/spmm.h explains strips and units. For up to 64 tokens the cut does
+not depend on the number of tokens, so a token's result does not depend on its batch.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_DEFAULT_CORES = 132  # H100: for lowering where there is no GPU
+_UNIT_COLS = {"bitmap": 256, "tiled_csl": 64}
+_MAX_GROUP = 64
+# With x in terms every sum passes through the workspace; this bounds it.
+_TERM_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a GPU."""
+
+    cores: int  # streaming multiprocessors
+    warps: int  # warps a CTA whose rings fit into shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Attributes of the custom call, and the bytes of its workspace."""
+
+    ctas: int  # CTAs a group of tokens
+    warps: int  # warps a CTA, 16 rows of W each
+    group: int  # tokens a pass over W
+    chunk: int  # tokens a round of launches
+    workspace: int
+
+    def attributes(self) -> dict[str, int]:
+        return {"ctas": self.ctas, "warps": self.warps, "group": self.group, "chunk": self.chunk}
+
+
+@functools.cache
+def device() -> Device:
+    """The first CUDA device, or an H100 where there is none."""
+    try:
+        gpu = jax.devices("cuda")[0]
+    except RuntimeError:
+        return Device(_DEFAULT_CORES, 16)
+    capability = str(getattr(gpu, "compute_capability", "9.0"))
+    # 100 KB of shared memory on 8.6, 8.9 and 12.x hold eight rings of a dense block each.
+    warps = 16 if capability in ("8.0", "9.0", "10.0", "10.3") else 8
+    return Device(int(getattr(gpu, "core_count", 0)) or _DEFAULT_CORES, warps)
+
+
+def terms(weight_dtype, token_dtype) -> int:
+    """Terms of W's dtype that hold an x of another dtype (csrc/cuda/spmm.h)."""
+    if weight_dtype == token_dtype:
+        return 1
+    return 3 if token_dtype == np.float32 else 2
+
+
+def _align(n: int) -> int:
+    return -(-n // 256) * 256
+
+
+def choose(
+    format: str, rows: int, shards: int, k: int, tokens: int, n_terms: int, dev: Device
+) -> Plan:
+    """Plans x [tokens, k] times W of `shards` blocks of [rows, k]."""
+    row_bands = -(-rows // 16) if format == "bitmap" else -(-rows // 128) * 8
+    bands, blocks = shards * row_bands, -(-k // _UNIT_COLS[format])
+    chunk = max(1, min(tokens, _TERM_TOKENS // n_terms)) if n_terms > 1 else max(tokens, 1)
+    if format == "tiled_csl":
+        warps, fill = 8, 3 * dev.cores
+    else:
+        # Narrower CTAs only where wide ones would leave multiprocessors without work.
+        warps, fill = dev.warps, dev.cores
+        while warps > 4 and -(-bands // warps) * blocks < 2 * dev.cores:
+            warps //= 2
+    strips = -(-bands // warps)
+    units = strips * blocks
+    total = chunk * n_terms
+    group = next((g for g in (8, 16, 32) if total <= g), _MAX_GROUP)
+    groups = -(-total // group)
+    # Many tokens fill the GPU with whole strips: nothing to combine.
+    ctas = strips if groups > 1 else min(units, fill)
+    slots = 0 if strips % ctas == 0 else 2
+    if n_terms > 1:
+        slots = -(-(-(-units // ctas)) // blocks) + 1
+    workspace = groups * ctas * slots * warps * 16 * group * 4
+    if n_terms > 1:
+        workspace += _align(chunk * 4)
+    if n_terms > 1 or k % 64:
+        workspace += _align(total * -(-k // 64) * 64 * 2)
+    return Plan(ctas, warps, group, chunk, workspace)
+
+
+def spmm(call, *args, format, shape, activation):
+    """Lowers one product: `call` is kernel.py's FFI call, `args` its operands."""
+    from jax_flashllm.kernel import ACTIVATIONS
+
+    *_, values, x, _ = args
+    shards = values.shape[0]
+    rows = -(-shape[0] // shards)
+    tokens = math.prod(x.shape[:-1])
+    n_terms = terms(values.dtype, x.dtype)
+    plan = choose(format, rows, shards, shape[1], tokens, n_terms, device())
+    out = (
+        jax.ShapeDtypeStruct((*x.shape[:-1], shards * rows), x.dtype),
+        jax.ShapeDtypeStruct((max(plan.workspace, 16),), jnp.uint8),
+    )
+    code = ACTIVATIONS[activation][0]
+    attributes = {"m": shape[0], "k": shape[1], "activation": code, **plan.attributes()}
+    return call("spmm", format, out, *args, **attributes)[0]
