@@ -1,5 +1,8 @@
 """Fixtures that several files share."""
 
+import subprocess
+import sys
+
 import pytest
 
 from jax_flashllm import _flashllm
@@ -13,3 +16,16 @@ def kernels(request):
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
     assert _flashllm.select_cpu_kernels(before)
+
+
+@pytest.fixture
+def fresh_process():
+    """Runs Python source with arguments in a new interpreter; its stdout, or what went wrong."""
+
+    def run(source: str, *args: str) -> str:
+        command = [sys.executable, "-P", "-c", source, *args]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run

@@ -21,11 +21,9 @@ def bits(x) -> np.ndarray:
 def sparse_matrix(shape, dtype, density, seed=0, integers=False) -> np.ndarray:
     """Random [M, K] with about `density` nonzeros, +0 elsewhere."""
     rng = np.random.default_rng(seed)
-    if integers:
-        w = rng.integers(1, 5, shape) * rng.choice([-1, 1], shape)
-    else:
-        w = rng.standard_normal(shape)
-    return np.where(rng.random(shape) < density, w, 0).astype(np.float32).astype(dtype)
+    keep = rng.random(shape) < density  # first: with and without `integers` the places agree
+    w = rng.choice([-4, -3, -2, -1, 1, 2, 3, 4], shape) if integers else rng.standard_normal(shape)
+    return np.where(keep, w, 0).astype(np.float32).astype(dtype)
 
 
 def dense_product(x, w, bias=None) -> np.ndarray:

@@ -20,7 +20,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jax_flashllm.formats.weight import VECTOR, SparseWeight, words
+from jax_flashllm.formats.weight import VECTOR, SparseWeight, register, words
 
 BAND_ROWS = 16
 TILE_COLS = 64
@@ -40,7 +40,7 @@ def _unfold(tiles: np.ndarray) -> np.ndarray:
     return dense.reshape(s, bands * BAND_ROWS, n * TILE_COLS)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Bitmap(SparseWeight):
     """An encoded weight W [M, K]: one mask bit a weight and the nonzero values.

@@ -18,7 +18,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jax_flashllm.formats.weight import VECTOR, SparseWeight, words
+from jax_flashllm.formats.weight import VECTOR, SparseWeight, register, words
 
 TILE_ROWS = 128
 TILE_COLS = 64
@@ -30,7 +30,7 @@ def _grid(rows: int, cols: int) -> tuple[int, int]:
     return -(-rows // TILE_ROWS), -(-cols // TILE_COLS)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class TiledCSL(SparseWeight):
     """An encoded weight W [M, K]: nonzero values and their 16-bit positions, tile by tile.

@@ -5,10 +5,12 @@ holds rows s * R .. (s + 1) * R of W, R = ceil(M / S), padded with zero rows at 
 """
 
 import dataclasses
+import json
 import math
 from typing import Any, ClassVar
 
 import jax
+import jax.export
 import ml_dtypes
 import numpy as np
 
@@ -19,6 +21,23 @@ VECTOR = 8  # values a unit of `offsets`
 def static() -> Any:
     """A dataclass field that is part of the pytree's structure, not a leaf."""
     return dataclasses.field(metadata={"static": True})
+
+
+def register(cls: type) -> type:
+    """Makes a dataclass a pytree, also in what `jax.export` serializes."""
+    data = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
+
+    def from_children(auxiliary, children):
+        return cls(shape=auxiliary[0], **dict(zip(data, children, strict=True)))
+
+    jax.tree_util.register_dataclass(cls)
+    return jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"jax_flashllm.{cls.__name__}",
+        serialize_auxdata=lambda auxiliary: json.dumps(auxiliary).encode(),
+        deserialize_auxdata=lambda text: tuple(tuple(shape) for shape in json.loads(text)),
+        from_children=from_children,
+    )
 
 
 def words(x: np.ndarray) -> np.ndarray:
