@@ -1,0 +1,167 @@
+"""What the commands share: arguments, the model's directory, JAX's cache, sizes and tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax_flashllm.models.opt import OPT
+
+DEMO = Path(__file__).parent.parent / "demo"
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def add_model(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
+    parser.add_argument(
+        "--model",
+        default="demo",
+        metavar="DIR",
+        help="directory of a Hugging Face or packed OPT; 'demo' (default) is the one that ships",
+    )
+    if dtype:
+        parser.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="of activations (default: float32 on a CPU, else the checkpoint's)",
+        )
+
+
+def number(
+    kind: Callable[[str], Any], least: float, most: float = float("inf"), above: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type: `kind` from `least` to `most`; `above` leaves `least` itself out."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
+        if not (least < value <= most if above else least <= value <= most):
+            start = f"above {least}" if above else f"from {least}"
+            end = "" if most == float("inf") else f" to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, pass {start}{end}")
+        return value
+
+    return parse
+
+
+def model_path(name: str) -> Path:
+    """The directory that `--model` names. Raises ValueError when there is none."""
+    if name == "demo":
+        return DEMO
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ValueError(
+            f"model {name} {what}; pass the directory of a downloaded OPT checkpoint, or 'demo'"
+        )
+    return path
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 text file, newlines as \\n. Raises ValueError naming what is wrong."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); check the path"
+        ) from error
+
+
+def cache_compilations() -> None:
+    """Lets JAX keep compiled programs in the user's cache directory, where it can be written."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR is the user's own choice
+        return
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = os.path.join(root, "jax_flashllm")
+    try:
+        # Compiled programs are run when they are found: nobody else may put some there.
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        mine = os.stat(path).st_uid == os.getuid() and os.access(path, os.W_OK | os.X_OK)
+    except (OSError, AttributeError):
+        return
+    if mine and os.path.isabs(path):
+        jax.config.update("jax_compilation_cache_dir", path)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def process_age() -> float:
+    """Seconds since this process started, the interpreter's own start included."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError, IndexError):
+        return time.process_time()  # no /proc: the CPU time spent is near it
+
+
+def weight_bytes(model: OPT) -> tuple[int, int]:
+    """Bytes of a model's weights in memory, and of the same with its sparse layers dense.
+
+    A dense layer counts as stored in the sparse one's dtype, 16 bits a weight.
+    """
+    import jax
+    from flax import nnx
+
+    from jax_flashllm.nn import SparseDense
+
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    dense = held
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, SparseDense):
+            w = module.weight
+            dense += w.shape[0] * w.shape[1] * w.dtype.itemsize - w.nbytes
+    return held, dense
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that JAX's default device reads and writes in a large copy."""
+    import jax
+    import jax.numpy as jnp
+
+    on_cpu = jax.default_backend() == "cpu"
+    x = jnp.zeros((32 << 20) if on_cpu else (256 << 20), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    copy(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        copy(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * x.nbytes / sorted(seconds)[len(seconds) // 2]
+
+
+def size(count: float) -> str:
+    """Bytes for people: 11.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Columns padded to their widest entry; the first `left` ones flush left."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

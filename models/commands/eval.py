@@ -1,0 +1,66 @@
+"""Perplexity of a model on a text file, per token and per byte.
+
+The text is cut into consecutive windows of the context without overlap; every token but the first
+of each window is scored.
+
+    jax-flashllm eval --model DIR --text FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from jax_flashllm.models.commands import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument(
+        "--context",
+        type=common.number(int, 2),
+        metavar="N",
+        help="tokens a window (default: the model's context)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=common.number(int, 1),
+        metavar="N",
+        help="windows at a time (default: as many as fit 64 MB of logits)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    path = common.model_path(args.model)
+    text = common.read_text(args.text)
+    if not text:
+        raise ValueError(f"{args.text} is empty; pass a file with some text")
+    common.cache_compilations()
+    import numpy as np
+    from tqdm import tqdm
+
+    from jax_flashllm.models import opt
+    from jax_flashllm.models.evaluate import perplexity
+    from jax_flashllm.models.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(path)
+    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
+    model = opt.load(path, args.dtype)
+    start = time.perf_counter()
+    with tqdm(total=len(ids), desc="eval", unit="token", disable=None, leave=False) as bar:
+
+        def advance(tokens: int, nats: float) -> None:
+            bar.update(tokens - bar.n)
+            bar.set_postfix_str(f"{np.exp(nats / max(tokens, 1)):.3f} per token")
+
+        result = perplexity(
+            model, ids, tokenizer.token_bytes(), args.context, args.batch, advance
+        )
+    seconds = time.perf_counter() - start
+    print(
+        f"perplexity {result.per_token:.4f} per token, {result.per_byte:.5f} per byte; "
+        f"{result.bits_per_byte:.5f} bits per byte\n"
+        f"{result.tokens} tokens and {result.bytes} bytes scored in {seconds:.1f} s, windows of "
+        f"{args.context or model.config.max_position_embeddings}, {model.dtype} activations"
+    )
