@@ -20,11 +20,12 @@ from typing import NoReturn, Protocol
 import ml_dtypes
 import numpy as np
 
-# Bounds on what is parsed into Python objects (about ten times the bytes in memory). OPT-175B
-# needs 1,540 tensors, 6,000 when packed, and 0.7 MB of header.
+# Bounds on what is parsed into Python objects, which take up to 26 times the bytes of the JSON:
+# no file may cost more than twice its size and 64 MB. OPT-175B needs 1,540 tensors, 6,000 when
+# packed, and 0.7 MB of header.
 MAX_TENSORS = 65_536
 MAX_HEADER = 100_000_000
-MAX_SMALL = 4 << 20
+MAX_SMALL = 2 << 20
 MAX_DIMS = 8
 
 # safetensors' names; the sub-byte types are left out.

@@ -27,8 +27,8 @@ from .base import (
 def read_header(file: File) -> dict[str, Dense]:
     """Returns every stored tensor by name, in the order of the header."""
     length = int.from_bytes(file.read(0, 8, "header length"), "little")
-    # Parsed JSON takes about ten times its bytes: a header that outweighs its data is refused.
-    limit = min(MAX_HEADER, max(MAX_SMALL, file.size // 8))
+    # A header that outweighs its data is refused (see MAX_SMALL).
+    limit = min(MAX_HEADER, max(MAX_SMALL, file.size // 16))
     if length > limit:
         file.fail(
             "header length",

@@ -112,8 +112,8 @@ def read_header(file: File) -> dict[str, Tensor]:
         if size != 6 or file.read(offset, size, "byteorder") != b"little":
             file.fail("byteorder", f"is not little-endian; {CONVERT}")
     offset, size = archive.locate(pickles[0])
-    # An opcode of one byte can make an object of a hundred.
-    if size > (limit := max(1 << 20, file.size // 64)):
+    # An opcode of one byte can make an object of a hundred; OPT-175B's pickle has 0.4 MB.
+    if size > (limit := min(8 << 20, max(1 << 19, file.size // 64))):
         file.fail("data.pkl", f"{size} bytes, over the limit of {limit}; {CONVERT}")
     state = _Pickle(file, file.read(offset, size, "data.pkl")).run()
 
