@@ -185,7 +185,7 @@ class Loader:
                 # weight * mask, the usual way to prune, leaves -0.0 behind, which `encode` keeps.
                 half[_magnitude_bits(half) == 0] = 0
                 return SparseDense.from_encoded(encode(half), bias=b, dtype=self.compute)
-        kernel = jnp.asarray(kernel.T)
+        kernel = jax.device_put(kernel.T)  # unlike jnp.asarray, it compiles nothing
         return nnx.Linear(
             in_features,
             out_features,
@@ -201,7 +201,7 @@ class Loader:
         table = self._read([f"{name}.weight"])
         if table.dtype.itemsize < self.compute.itemsize and table.nbytes <= WIDEN_TABLE_BYTES:
             table = table.astype(self.compute)
-        table = jnp.asarray(table)
+        table = jax.device_put(table)
         return nnx.Embed(
             rows,
             features,
@@ -230,7 +230,7 @@ class Loader:
         """Biases and scales: small, so held in the dtype they are used in where that is wider."""
         vector = self._read(names)
         wider = vector.dtype.itemsize < self.compute.itemsize
-        return jnp.asarray(vector.astype(self.compute) if wider else vector)
+        return jax.device_put(vector.astype(self.compute) if wider else vector)
 
     def _read(self, names: list[str]) -> np.ndarray:
         parts = [self._read_one(name) for name in names]
