@@ -67,9 +67,29 @@ class Library:
     def __init__(self, path: str):
         self.lib = ctypes.CDLL(path)
         p, i, q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        self.lib.flashllm_spmm.argtypes = (
-            [p, i, p, p, p, i, q, q, q, p, i, q, p, p, i, i, i, i, q, p, q]
-        )
+        self.lib.flashllm_spmm.argtypes = [
+            p,
+            i,
+            p,
+            p,
+            p,
+            i,
+            q,
+            q,
+            q,
+            p,
+            i,
+            q,
+            p,
+            p,
+            i,
+            i,
+            i,
+            i,
+            q,
+            p,
+            q,
+        ]
         self.lib.flashllm_read.argtypes = [p, p, ctypes.c_size_t, p]
         self.check(self.lib.flashllm_initialize())
 
@@ -118,8 +138,7 @@ class Weight:
         encoder = getattr(_flashllm, f"encode_{format}")
         arrays = encoder(np.ascontiguousarray(bits), 1)
         self.index, self.offsets, self.values = (
-            torch.from_numpy(a.view({2: np.int16, 4: np.int32}[a.itemsize])).cuda()
-            for a in arrays
+            torch.from_numpy(a.view({2: np.int16, 4: np.int32}[a.itemsize])).cuda() for a in arrays
         )
 
     @property
@@ -141,10 +160,10 @@ def random_weight(m, k, sparsity, dtype, seed=0):
     return dense * keep
 
 
-def plan_for(w: Weight, n: int, token_dtype, **changes):
+def plan_for(w: Weight, n: int, token_dtype, warps: int = 16):
     dev = planning.Device(
         torch.cuda.get_device_properties(0).multi_processor_count,
-        changes.pop("warps", planning.Device(0, 16).warps),
+        warps,
     )
     n_terms = 1 if token_dtype == w.dtype else 3 if token_dtype == torch.float32 else 2
     return planning.choose(w.format, w.shape[0], 1, w.shape[1], n, n_terms, dev)
@@ -221,6 +240,15 @@ def parse_shapes(text):
     return [tuple(int(v) for v in s.split("x")) for s in text.split(",")]
 
 
+def once(lib, args, tokens, dtype):
+    for (m, k), sparsity, format, n in itertools.product(
+        args.shapes, args.sparsity.split(","), args.formats.split(","), tokens
+    ):
+        dense = random_weight(m, k, float(sparsity), dtype)
+        w = Weight(dense, format)
+        print(m, k, sparsity, format, n, check(lib, w, dense, n, dtype), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", required=True)
@@ -231,13 +259,15 @@ def main():
     parser.add_argument("--formats", default="bitmap")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--warps", default="16")
-    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--once", action="store_true", help="one product each, for a profiler")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     dtype = getattr(torch, args.dtype)
     lib = Library(args.library)
     tokens = [int(t) for t in args.tokens.split(",")]
+    if args.once:
+        return once(lib, args, tokens, dtype)
     bandwidth = read_bandwidth(lib)
     gpu = torch.cuda.get_device_name(0)
     print(f"{gpu}: reads at R = {bandwidth / 1e12:.3f} TB/s; torch {torch.__version__}")
@@ -252,7 +282,9 @@ def main():
             ):
                 dense = random_weight(m, k, float(sparsity), dtype)
                 w = Weight(dense, format)
-                errors = {n: 0.0 if args.no_check else check(lib, w, dense, n, dtype) for n in tokens}
+                errors = {
+                    n: 0.0 if args.no_check else check(lib, w, dense, n, dtype) for n in tokens
+                }
                 del dense
                 copies = [w] + [w.clone() for _ in range(copies_for(w.nbytes) - 1)]
                 for n, warps in itertools.product(tokens, args.warps.split(",")):

@@ -62,39 +62,43 @@ def terms(weight_dtype, token_dtype) -> int:
     return 3 if token_dtype == np.float32 else 2
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _align(n: int) -> int:
-    return -(-n // 256) * 256
+    return _ceil(n, 256) * 256
 
 
 def choose(
     format: str, rows: int, shards: int, k: int, tokens: int, n_terms: int, dev: Device
 ) -> Plan:
     """Plans x [tokens, k] times W of `shards` blocks of [rows, k]."""
-    row_bands = -(-rows // 16) if format == "bitmap" else -(-rows // 128) * 8
-    bands, blocks = shards * row_bands, -(-k // _UNIT_COLS[format])
+    row_bands = _ceil(rows, 16) if format == "bitmap" else _ceil(rows, 128) * 8
+    bands, blocks = shards * row_bands, _ceil(k, _UNIT_COLS[format])
     chunk = max(1, min(tokens, _TERM_TOKENS // n_terms)) if n_terms > 1 else max(tokens, 1)
     if format == "tiled_csl":
         warps, fill = 8, 3 * dev.cores
     else:
         # Narrower CTAs only where wide ones would leave multiprocessors without work.
         warps, fill = dev.warps, dev.cores
-        while warps > 4 and -(-bands // warps) * blocks < 2 * dev.cores:
+        while warps > 4 and _ceil(bands, warps) * blocks < 2 * dev.cores:
             warps //= 2
-    strips = -(-bands // warps)
+    strips = _ceil(bands, warps)
     units = strips * blocks
     total = chunk * n_terms
     group = next((g for g in (8, 16, 32) if total <= g), _MAX_GROUP)
-    groups = -(-total // group)
+    groups = _ceil(total, group)
     # Many tokens fill the GPU with whole strips: nothing to combine.
     ctas = strips if groups > 1 else min(units, fill)
     slots = 0 if strips % ctas == 0 else 2
     if n_terms > 1:
-        slots = -(-(-(-units // ctas)) // blocks) + 1
+        slots = _ceil(_ceil(units, ctas), blocks) + 1
     workspace = groups * ctas * slots * warps * 16 * group * 4
     if n_terms > 1:
         workspace += _align(chunk * 4)
     if n_terms > 1 or k % 64:
-        workspace += _align(total * -(-k // 64) * 64 * 2)
+        workspace += _align(total * _ceil(k, 64) * 64 * 2)
     return Plan(ctas, warps, group, chunk, workspace)
 
 

@@ -1,0 +1,250 @@
+"""The CUDA kernels against float64 references. Run on a GPU with `pytest -m gpu`."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from reference import (
+    FLOATS,
+    FORMATS,
+    HALVES,
+    assert_product,
+    bits,
+    dense_product,
+    sparse_matrix,
+)
+
+import jax_flashllm
+from jax_flashllm import _flashllm
+from jax_flashllm.spmm import decode
+
+
+def _cuda_devices():
+    try:
+        return jax.devices("cuda")
+    except RuntimeError:
+        return []
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _cuda_devices(), reason="no CUDA device"),
+    pytest.mark.skipif(not hasattr(_flashllm, "cuda_targets"), reason="built without CUDA"),
+]
+
+SHAPES = [(1, 1), (16, 64), (17, 65), (128, 256), (130, 257), (64, 1000), (300, 768), (1, 4096)]
+LARGE = [(2048, 2048), (1111, 4104), (5000, 640), (72, 16384)]
+TOKENS = [1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 200]
+
+
+def _integers(shape, dtype, seed=1):
+    return np.random.default_rng(seed).integers(-3, 4, shape).astype(np.float32).astype(dtype)
+
+
+def _normals(shape, dtype, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32).astype(dtype)
+
+
+def _multiply(w, x, bias=None, activation=None):
+    return jax.jit(jax_flashllm.spmm, static_argnames="activation")(
+        w, jnp.asarray(x), None if bias is None else jnp.asarray(bias), activation=activation
+    )
+
+
+# ---- indexing: sums of small integers are exact in fp32, so every bit must match ----
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_integers_are_exact(format, shape, density):
+    dense = sparse_matrix(shape, np.float16, density, seed=sum(shape), integers=True)
+    w = jax_flashllm.encode(dense, format=format)
+    tokens = TOKENS if shape in SHAPES else [1, 8, 33, 130]
+    for n, dtype in zip(tokens, itertools.cycle(FLOATS), strict=False):
+        x = _integers((n, shape[1]), dtype)
+        ref = dense_product(x, dense)
+        y = np.asarray(_multiply(w, x))
+        np.testing.assert_array_equal(y, ref.astype(np.float32).astype(dtype), err_msg=f"{n=}")
+
+
+@pytest.mark.parametrize("shards", [2, 3, 7])
+@pytest.mark.parametrize("format", FORMATS)
+def test_row_blocks(format, shards):
+    dense = sparse_matrix((333, 520), np.float16, 0.4, integers=True)
+    x = _integers((9, 520), np.float32)
+    y = _multiply(jax_flashllm.encode(dense, format=format, shards=shards), x)
+    np.testing.assert_array_equal(np.asarray(y), dense_product(x, dense))
+
+
+# ---- rounding ----
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("token", FLOATS, ids=str)
+@pytest.mark.parametrize("weight", HALVES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_rounding_stays_in_bound(format, weight, token, activation):
+    for (m, k), n in zip([(256, 512), (100, 1030), (2048, 4096)], [1, 5, 40], strict=True):
+        dense = sparse_matrix((m, k), weight, 0.3)
+        x, bias = _normals((n, k), token), _normals((m,), token, seed=2)
+        y = _multiply(jax_flashllm.encode(dense, format=format), x, bias, activation)
+        assert y.dtype == token
+        assert_product(y, x, dense, bias, activation)
+
+
+@pytest.mark.parametrize("exponent", [-100, -30, 30, 90])
+@pytest.mark.parametrize("weight", HALVES, ids=str)
+def test_float32_tokens_keep_their_range(weight, exponent):
+    dense = sparse_matrix((64, 256), weight, 0.3)
+    x = _normals((3, 256), np.float32) * np.float32(2.0**exponent)
+    assert_product(_multiply(jax_flashllm.encode(dense, format="bitmap"), x), x, dense)
+
+
+@pytest.mark.parametrize("token", FLOATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_inf_and_nan_meet_zeros_too(format, token):
+    dense = sparse_matrix((96, 192), np.float16, 0.3)
+    dense[5, 7], dense[40, 100] = np.inf, np.nan
+    x = _normals((6, 192), token)
+    x[1, 3], x[2, 100], x[3, 150] = np.inf, np.nan, -np.inf
+    with np.errstate(invalid="ignore"):
+        ref = dense_product(x, dense)
+    y = np.asarray(_multiply(jax_flashllm.encode(dense, format=format), x)).astype(np.float64)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(ref))
+    np.testing.assert_array_equal(y[np.isinf(ref)], ref[np.isinf(ref)])
+
+
+def test_same_bits_every_time_and_in_every_batch():
+    dense = sparse_matrix((2048, 4096), np.float16, 0.4)
+    w = jax_flashllm.encode(dense, format="bitmap")
+    x = _normals((64, 4096), np.float16)
+    first = bits(_multiply(w, x))
+    for _ in range(100):
+        np.testing.assert_array_equal(bits(_multiply(w, x)), first)
+    for n in (1, 5, 8, 16, 31):
+        np.testing.assert_array_equal(bits(_multiply(w, x[:n])), first[:n])
+
+
+# ---- decode and sample ----
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_decode_is_bit_exact(format, dtype, shape, shards):
+    dense = sparse_matrix(shape, dtype, 0.4)
+    w = jax_flashllm.encode(dense, format=format, shards=min(shards, shape[0]))
+    np.testing.assert_array_equal(bits(jax.jit(decode)(w)), bits(dense))
+
+
+@pytest.mark.parametrize("shape", [(17, 65), (300, 768)], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_gradients(format, shape):
+    dense = sparse_matrix(shape, np.float16, 0.4, integers=True)
+    w = jax_flashllm.encode(dense, format=format, shards=2)
+    x, g = _integers((5, shape[1]), np.float16), _integers((5, shape[0]), np.float16, seed=3)
+
+    def loss(values, x):
+        y = jax_flashllm.spmm(w.with_values(values), x)
+        return (y.astype(jnp.float32) * g.astype(np.float32)).sum()
+
+    dv, dx = jax.jit(jax.grad(loss, argnums=(0, 1)))(w.values, jnp.asarray(x))
+    np.testing.assert_array_equal(np.asarray(dx), dense_product(g, dense.T))
+    expected = dense_product(g.T, x.T) * (dense != 0)
+    np.testing.assert_array_equal(w.with_values(dv).to_dense(), expected)
+
+
+# ---- JAX ----
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_vmap_and_leading_axes(format):
+    dense = sparse_matrix((100, 128), np.float16, 0.4, integers=True)
+    w = jax_flashllm.encode(dense, format=format)
+    x = _integers((3, 2, 4, 128), np.float16)
+    ref = dense_product(x, dense)
+    np.testing.assert_array_equal(np.asarray(_multiply(w, x)), ref)
+    mapped = jax.jit(jax.vmap(jax.vmap(functools.partial(jax_flashllm.spmm, w))))
+    np.testing.assert_array_equal(np.asarray(mapped(jnp.asarray(x))), ref)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_scan_over_stacked_weights(format):
+    from jax_flashllm.formats import stack
+
+    layers = [sparse_matrix((128, 128), np.float16, 0.1, seed=s, integers=True) for s in range(4)]
+    stacked = stack([jax_flashllm.encode(d, format=format) for d in layers])
+    x = np.sign(_integers((2, 128), np.float32))
+
+    @jax.jit
+    def run(ws, x):
+        def step(x, w):
+            y = jnp.sign(jax_flashllm.spmm(w, x))
+            return y, y
+
+        return jax.lax.scan(step, x, ws)
+
+    _, ys = run(stacked, jnp.asarray(x))
+    for y, dense in zip(np.asarray(ys), layers, strict=True):
+        x = np.sign(dense_product(x, dense))
+        np.testing.assert_array_equal(y, x)
+
+
+def test_runs_inside_a_command_buffer():
+    """Weights through a chain of products captured as one CUDA graph, replayed with new x."""
+    dense = sparse_matrix((256, 256), ml_dtypes.bfloat16, 0.3)
+    w = jax_flashllm.encode(dense, format="bitmap")
+
+    def chain(w, x):
+        for _ in range(6):
+            x = jax_flashllm.spmm(w, x, activation="relu") / 8
+        return x
+
+    x0 = jnp.asarray(_normals((4, 256), ml_dtypes.bfloat16))
+    options = {"xla_gpu_graph_min_graph_size": 1}
+    compiled = jax.jit(chain).lower(w, x0).compile(compiler_options=options)
+    eager = chain(w, x0)
+    for _ in range(4):
+        np.testing.assert_array_equal(bits(compiled(w, x0)), bits(eager))
+    x1 = x0 + 1
+    np.testing.assert_array_equal(bits(compiled(w, x1)), bits(chain(w, x1)))
+    hlo = compiled.as_text()
+    assert "flashllm_spmm_bitmap_v1" in hlo
+
+
+def test_two_devices():
+    devices = _cuda_devices()
+    if len(devices) < 2:
+        pytest.skip("one CUDA device only")
+    dense = sparse_matrix((256, 512), np.float16, 0.4, integers=True)
+    w = jax_flashllm.encode(dense, format="bitmap")
+    x = _integers((4, 512), np.float16)
+    for device in devices[:2]:
+        y = _multiply(jax.device_put(w, device), jax.device_put(x, device))
+        assert y.devices() == {device}
+        np.testing.assert_array_equal(np.asarray(y), dense_product(x, dense))
+
+
+def test_garbage_stays_inside_the_buffers():
+    """Offsets and masks that lie give wrong numbers, never a fault."""
+    import dataclasses
+
+    dense = sparse_matrix((200, 600), np.float16, 0.5)
+    x = jnp.asarray(_normals((4, 600), np.float16))
+    rng = np.random.default_rng(0)
+    for format in FORMATS:
+        w = jax_flashllm.encode(dense, format=format)
+        noise = jnp.asarray(rng.integers(0, 2**32, w.offsets.shape, dtype=np.uint32))
+        broken = dataclasses.replace(w, offsets=noise)
+        if format == "bitmap":
+            broken = dataclasses.replace(broken, masks=jnp.full_like(w.masks, 2**32 - 1))
+        for f in (lambda w: jax_flashllm.spmm(w, x), decode):
+            jax.block_until_ready(jax.jit(f)(broken))
+    ok = jax_flashllm.encode(dense, format="bitmap")
+    assert_product(_multiply(ok, x), x, dense)
