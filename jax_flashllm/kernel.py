@@ -89,7 +89,7 @@ def _spmm_abstract(*args, format, shape, activation):
 
 
 def _spmm_cpu(*args, format, shape, activation):
-    *_, values, x, bias = args
+    *_, values, x, _bias = args
     rows = values.shape[0] * _shard_rows(shape, values.shape[0])
     out = jax.ShapeDtypeStruct((*x.shape[:-1], rows), x.dtype)
     code = ACTIVATIONS[activation][0]
@@ -116,14 +116,14 @@ def _spmm_jvp(primals, tangents, *, format, shape, activation):
     if type(dbias) is not ad.Zero and dbias.size:
         dz.append(jnp.broadcast_to(dbias.astype(z.dtype), z.shape))
     if not dz:
-        return ACTIVATIONS[activation][1](z), ad.Zero.from_primal_value(z)
+        return ACTIVATIONS[activation][1](z), jnp.zeros_like(z)
     return jax.jvp(ACTIVATIONS[activation][1], (z,), (sum(dz[1:], dz[0]),))
 
 
 def _spmm_transpose(ct, *args, format, shape, activation):
     # y = x W^T, so x_bar = y_bar W and W_bar = y_bar^T x, of which the stored part is kept.
     # Bias is dealt with in the JVP rule and activations there too: neither is linear here.
-    *index, values, x, bias = args
+    *index, values, x, _bias = args
     x_bar = values_bar = None
     if type(ct) is ad.Zero:
         return [None] * len(args)
@@ -206,7 +206,7 @@ def _linear_jvp(p, primals, tangents, **params):
     dx = tangents[-1]
     out = p.bind(*index, x, **params)
     if type(dx) is ad.Zero:
-        return out, ad.Zero.from_primal_value(out)
+        return out, jnp.zeros_like(out)
     return out, p.bind(*index, dx, **params)
 
 

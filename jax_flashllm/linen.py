@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen.linear import default_kernel_init
 
-from jax_flashllm.formats import SparseWeight
+from jax_flashllm.formats import Format, SparseWeight
 from jax_flashllm.formats.weight import HALF_DTYPES
 from jax_flashllm.nn.weights import check_param_dtype, encode_kernel, promoted, rebuild
 from jax_flashllm.spmm import spmm
@@ -44,7 +44,7 @@ class SparseDense(linen.Module):
     kernel_init: Callable[..., Any] = default_kernel_init
     bias_init: Callable[..., Any] = linen.initializers.zeros_init()
     sparsity: float = 0.0
-    format: str = "auto"
+    format: Format = "auto"
     shards: int = 1
 
     @linen.compact
@@ -110,7 +110,7 @@ def variables_from_dense(
     sparsity: float | None = None,
     *,
     filter: Callable[[tuple[str, ...]], bool] | None = None,
-    format: str = "auto",
+    format: Format = "auto",
     shards: int = 1,
     param_dtype: Any = None,
 ) -> dict[str, dict]:
@@ -129,7 +129,7 @@ def variables_from_dense(
     def visit(path, node):
         if not isinstance(node, Mapping):
             return node, {}
-        kernel = node.get("kernel")
+        kernel: Any = node.get("kernel")
         if getattr(kernel, "ndim", 0) == 2 and (filter is None or filter(path)):
             dtype = param_dtype or (kernel.dtype if kernel.dtype in HALF_DTYPES else jnp.bfloat16)
             check_param_dtype(dtype, "variables_from_dense")

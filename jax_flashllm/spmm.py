@@ -46,17 +46,18 @@ def spmm(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"spmm: activation must be None, 'relu' or 'gelu', got {activation!r}")
-    if bias is None:
-        bias = np.zeros(NO_BIAS, np.float32)
-    elif not hasattr(bias, "dtype"):
-        raise TypeError(f"spmm: bias must be an array, got {type(bias).__name__}")
-    elif bias.shape != (m,):
-        raise ValueError(f"spmm: bias is {list(bias.shape)} but W is [{m}, {k}]; pass bias [{m}]")
-    elif bias.dtype not in _X_DTYPES:
-        raise TypeError(f"spmm: bias is {bias.dtype}; cast it to x's dtype, {x.dtype}")
     rows = w.shards * w.shard_rows
-    if bias.size and rows > m:
-        bias = jnp.pad(bias, (0, rows - m))
+    row_bias = np.zeros(NO_BIAS, np.float32)
+    if bias is not None:
+        if not hasattr(bias, "dtype"):
+            raise TypeError(f"spmm: bias must be an array, got {type(bias).__name__}")
+        if bias.shape != (m,):
+            raise ValueError(
+                f"spmm: bias is {list(bias.shape)} but W is [{m}, {k}]; pass bias [{m}]"
+            )
+        if bias.dtype not in _X_DTYPES:
+            raise TypeError(f"spmm: bias is {bias.dtype}; cast it to x's dtype, {x.dtype}")
+        row_bias = jnp.pad(bias, (0, rows - m)) if rows > m else bias
     x = jnp.asarray(x)
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], m), x.dtype)
@@ -64,7 +65,7 @@ def spmm(
         *w.buffers,
         w.values,
         x,
-        jnp.asarray(bias),
+        jnp.asarray(row_bias),
         format=w.format,
         shape=w.shape,
         activation=activation,

@@ -14,13 +14,15 @@ from jax_flashllm.formats.weight import SparseWeight, check_dense, words
 
 __all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
 
+Format = Literal["auto", "bitmap", "tiled_csl"]
+
 # A bitmap costs 16 d + 1 bits a weight, Tiled-CSL 32 d: equal at d = 1/16.
 _CROSSOVER_DENSITY = 1 / 16
 
 
 def encode(
     dense: np.ndarray | jax.Array,
-    format: Literal["auto", "bitmap", "tiled_csl"] = "auto",
+    format: Format = "auto",
     shards: int = 1,
 ) -> Bitmap | TiledCSL:
     """Encodes a dense matrix, bit for bit, storing every weight whose bits are not all zero.
@@ -48,7 +50,9 @@ def encode(
     index, offsets, values = encoder(bits, int(shards))
     m, k = host.shape
     values = values.view(host.dtype)
-    return cls(jnp.asarray(offsets), jnp.asarray(values), (m, k), jnp.asarray(index))
+    # jnp.asarray would compile a program for every new shape; device_put compiles none.
+    offsets, values, index = jax.device_put((offsets, values, index))
+    return cls(offsets, values, (m, k), index)
 
 
 def stack(weights: list[SparseWeight]) -> SparseWeight:

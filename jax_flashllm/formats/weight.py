@@ -7,40 +7,38 @@ holds rows s * R .. (s + 1) * R of W, R = ceil(M / S), padded with zero rows at 
 import dataclasses
 import json
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
+import jax.core
 import jax.export
 import ml_dtypes
 import numpy as np
+
+W = TypeVar("W", bound="SparseWeight")
 
 HALF_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 VECTOR = 8  # values a unit of `offsets`
 
 
-def static() -> Any:
-    """A dataclass field that is part of the pytree's structure, not a leaf."""
-    return dataclasses.field(metadata={"static": True})
-
-
-def register(cls: type) -> type:
+def register(cls: type[W]) -> type[W]:
     """Makes a dataclass a pytree, also in what `jax.export` serializes."""
     data = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
 
-    def from_children(auxiliary, children):
-        return cls(shape=auxiliary[0], **dict(zip(data, children, strict=True)))
+    def from_children(aux_data: Any, children: Any) -> Any:
+        return cls(shape=aux_data[0], **dict(zip(data, children, strict=True)))
 
     jax.tree_util.register_dataclass(cls)
     return jax.export.register_pytree_node_serialization(
         cls,
         serialized_name=f"jax_flashllm.{cls.__name__}",
-        serialize_auxdata=lambda auxiliary: json.dumps(auxiliary).encode(),
+        serialize_auxdata=lambda aux_data: json.dumps(aux_data).encode(),
         deserialize_auxdata=lambda text: tuple(tuple(shape) for shape in json.loads(text)),
         from_children=from_children,
     )
 
 
-def words(x: np.ndarray) -> np.ndarray:
+def words(x: np.ndarray | jax.Array) -> np.ndarray:
     """The bits of a 16-bit float array, as uint16."""
     return np.asarray(x).view(np.uint16)
 
@@ -51,9 +49,9 @@ class SparseWeight:
 
     offsets: jax.Array
     values: jax.Array
-    shape: tuple[int, int] = static()
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})  # no leaf
 
-    format: ClassVar[str]
+    format: ClassVar[Literal["bitmap", "tiled_csl"]]
 
     # Without this NumPy would take `x @ w` apart element by element.
     __array_ufunc__ = None

@@ -10,7 +10,7 @@ The weight is three Variables, so that NNX's filters and optimizers see only wha
 """
 
 import inspect
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
-from jax_flashllm.formats import SparseWeight
+from jax_flashllm.formats import Format, SparseWeight
 from jax_flashllm.formats.weight import HALF_DTYPES
 from jax_flashllm.nn.weights import Mask, check_param_dtype, encode_kernel, promoted, rebuild
 from jax_flashllm.spmm import spmm
@@ -59,7 +59,7 @@ class SparseDense(nnx.Module):
         kernel_init: nnx.Initializer = default_kernel_init,
         bias_init: nnx.Initializer = default_bias_init,
         sparsity: float = 0.0,
-        format: str = "auto",
+        format: Format = "auto",
         shards: int = 1,
         rngs: nnx.Rngs,
     ):
@@ -71,7 +71,7 @@ class SparseDense(nnx.Module):
         self.kernel = nnx.Param(w.values)
         self.kernel_index = SparseIndex(index)
         self.kernel_offsets = SparseIndex(offsets)
-        self.bias: nnx.Param | None = nnx.data(None)
+        self.bias: nnx.Variable | None = nnx.data(None)
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
         self.in_features = in_features
@@ -110,7 +110,7 @@ class SparseDense(nnx.Module):
             dtype=dtype,
             param_dtype=w.dtype,
             kernel_init=lambda *_: w,
-            rngs=_NothingDrawn(),
+            rngs=cast(Any, _NothingDrawn()),
         )
         if bias is not None:
             layer.use_bias = True
@@ -124,7 +124,7 @@ class SparseDense(nnx.Module):
         sparsity: float | None = None,
         *,
         mask: Mask | None = None,
-        format: str = "auto",
+        format: Format = "auto",
         shards: int = 1,
         dtype: Any = None,
         param_dtype: Any = None,

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from jax_flashllm.formats import Format
 from jax_flashllm.nn.dense import SparseDense
 from jax_flashllm.nn.weights import Mask
 
@@ -19,7 +20,7 @@ def sparsify(
     *,
     masks: Mapping[Any, Any] | None = None,
     filter: Callable[[Path, nnx.Linear], bool] | None = None,
-    format: str = "auto",
+    format: Format = "auto",
     shards: int = 1,
     dtype: Any = None,
     param_dtype: Any = None,
@@ -72,7 +73,7 @@ def sparsify(
             layer.kernel_offsets = twin.kernel_offsets
         return layer
 
-    def walk(path: Path, node: Any):
+    def walk(path: Path, node: Any) -> Any:
         if id(node) in done:
             return done[id(node)]
         if type(node) is nnx.Linear:
@@ -97,7 +98,8 @@ def sparsify(
         return node
 
     result = walk((), nnx.clone(model, graph=True))
-    variables = {p[:-1] if p[-1] == "kernel" else p for p, _ in _leaves(model)}
+    state = nnx.to_flat_state(nnx.state(model, graph=True))
+    variables = {p[:-1] if p[-1] == "kernel" else p for p, _ in state}
     unknown = [p for p in by_path or () if p not in known and p not in variables]
     if unknown:
         raise ValueError(
@@ -107,12 +109,10 @@ def sparsify(
     return result
 
 
-def _leaves(model) -> list[tuple[Path, Any]]:
-    return nnx.to_flat_state(nnx.state(model, graph=True))
-
-
-def _key(entry) -> str | int:
-    return getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None)))
+def _key(entry: Any) -> str | int:
+    """The key of a dict, sequence or attribute entry of a pytree path."""
+    name = next(n for n in ("key", "idx", "name") if hasattr(entry, n))
+    return getattr(entry, name)
 
 
 def _dotted(path: Path) -> str:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashllm.formats import Bitmap, SparseWeight, TiledCSL, encode, stack
+from jax_flashllm.formats import Bitmap, Format, SparseWeight, TiledCSL, encode, stack
 from jax_flashllm.formats.weight import HALF_DTYPES
 
 Mask = np.ndarray | jax.Array
@@ -17,7 +18,7 @@ def encode_kernel(
     sparsity: float | None = None,
     mask: Mask | None = None,
     dtype: Any = None,
-    format: str = "auto",
+    format: Format = "auto",
     shards: int = 1,
 ) -> SparseWeight:
     """Prunes, casts and encodes a kernel [K, M], or a stack of them [L, K, M].
