@@ -223,10 +223,10 @@ def time_cublas(m, k, n, dtype):
         for flip in (False, True):
             if flip:
                 y = torch.empty(m, n, device="cuda", dtype=dtype)
-                calls = [lambda w=w, y=y: torch.mm(w, x.T, out=y) for w in ws]
+                calls = [lambda w=w, x=x, y=y: torch.mm(w, x.T, out=y) for w in ws]
             else:
                 y = torch.empty(n, m, device="cuda", dtype=dtype)
-                calls = [lambda w=w, y=y: torch.mm(x, w.T, out=y) for w in ws]
+                calls = [lambda w=w, x=x, y=y: torch.mm(x, w.T, out=y) for w in ws]
             us, _ = graph_time(calls)
             best = us if best is None else min(best, us)
         del ws

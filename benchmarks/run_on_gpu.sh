@@ -19,7 +19,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 for step in "$@"; do
   case $step in
     tests)
-      (cd /tmp && timeout 240 python3 -m pytest -q -x --maxfail=12 -p no:cacheprovider \
+      (cd /tmp && timeout 240 python3 -m pytest -q --maxfail=12 -p no:cacheprovider \
         --rootdir "$here" -c "$here/pyproject.toml" -m gpu "$here/tests/test_gpu.py" \
         > "$OUT/tests.log" 2>&1; tail -60 "$OUT/tests.log" | cut -c1-300)
       ;;

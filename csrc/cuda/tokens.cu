@@ -60,6 +60,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Args a) {
   const int lane = threadIdx.x % 32, octets = a.group / 8;
   int64_t index = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  // All threads wait: a grid that ended before its predecessor would set the next one free.
+  ptx::WaitForPrevious();
   const int n8 = static_cast<int>(index % octets);
   index /= octets;
   const int warp = static_cast<int>(index % a.warps);
@@ -69,7 +71,6 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   const int first = CtaOf(a, int64_t(strip) * a.blocks);
   const int last = CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
   if (first == last) return;  // written by its only CTA
-  ptx::WaitForPrevious();
   const float4* partial = reinterpret_cast<const float4*>(a.partial);
   float4 sum = make_float4(0, 0, 0, 0);
   for (int c = first; c <= last; ++c) {
@@ -88,6 +89,7 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
 // The same for tokens in terms: one thread an element of y.
 __global__ void __launch_bounds__(kThreads) CombineTermsKernel(const __grid_constant__ Args a) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  ptx::WaitForPrevious();
   const int64_t padded_rows = int64_t(a.strips) * a.warps * 16;
   const int64_t token = index / padded_rows;
   if (token >= a.tokens_a_term) return;
@@ -97,7 +99,6 @@ __global__ void __launch_bounds__(kThreads) CombineTermsKernel(const __grid_cons
   if (row % 16 >= band.valid) return;
   const int first = CtaOf(a, int64_t(strip) * a.blocks);
   const int last = CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
-  ptx::WaitForPrevious();
   const float unscale = a.unscale[token];
   float total = 0.0f, weight = 1.0f;
   for (int term = 0; term < a.terms; ++term, weight *= a.term_step) {
