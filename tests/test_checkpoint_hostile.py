@@ -434,7 +434,7 @@ def tensor(key="0", numel=6, offset=0, shape=(2, 3), stride=(3, 1), kind="Half")
         (tensor(numel=7), "holds 12 bytes"),
         (tensor(kind="Float"), "holds 12 bytes"),
         (tensor(kind="Quantized"), "'torch'.'QuantizedStorage'"),
-        (op_storage("Half", "0", 6), "is a Storage, not a tensor"),
+        (op_storage("Half", "0", 6), "is a storage, not a tensor"),
         (op_int(3), "is a int, not a tensor"),
         (b"cos\nsystem\n", "'os'.'system'"),
         (b"ctorch\nload\n", "'torch'.'load'"),
