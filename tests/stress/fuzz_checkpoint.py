@@ -10,6 +10,7 @@ the file.
 import argparse
 import json
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
@@ -98,6 +99,7 @@ def main() -> None:
         slowest, highest = max(slowest, seconds), max(highest, peak)
     for kind, (refused, accepted) in counts.items():
         print(f"{kind:12} {refused + accepted:9} mutations, {refused} refused, {accepted} read")
+    shutil.rmtree(directory)
     print(f"slowest {slowest * 1e3:.0f} ms, highest peak {highest / 1e6:.1f} MB")
 
 
