@@ -36,11 +36,7 @@ _PREFIXES = ("model.decoder.", "decoder.", "")
 def load(path: str | os.PathLike, dtype: Any, attention_implementation: str | None) -> OPT:
     """See `opt.load`."""
     with checkpoint.open_checkpoint(path) as ckpt:
-        config = OPTConfig.from_dict(ckpt.config)
-        names = _Names(ckpt)
-        declared = Declared(config)
-        OPT(config, make=declared)
-        names.check(declared.shapes, config)
+        names, config = verify(ckpt)
         cast = None if dtype is None else jnp.dtype(dtype)
         if cast is not None and cast not in _FLOATS:
             raise ValueError(
@@ -54,6 +50,19 @@ def load(path: str | os.PathLike, dtype: Any, attention_implementation: str | No
         return OPT(
             config, make=loader, dtype=compute, attention_implementation=attention_implementation
         )
+
+
+def verify(ckpt: checkpoint.Checkpoint) -> tuple[_Names, OPTConfig]:
+    """Its tensors and its config, when every tensor that the config asks for is there, so shaped.
+
+    Raises ValueError naming the first that is not. Reads no weights.
+    """
+    config = OPTConfig.from_dict(ckpt.config)
+    names = _Names(ckpt)
+    declared = Declared(config)
+    OPT(config, make=declared)
+    names.check(declared.shapes, config)
+    return names, config
 
 
 class _Names:

@@ -74,9 +74,7 @@ def read_text(path: str) -> str:
             f"{path} is not UTF-8 text (byte {error.start}); convert it first"
         ) from error
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); check the path"
-        ) from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from error
 
 
 def cache_compilations() -> None:

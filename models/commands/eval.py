@@ -54,9 +54,7 @@ def run(args: argparse.Namespace) -> None:
             bar.update(tokens - bar.n)
             bar.set_postfix_str(f"{np.exp(nats / max(tokens, 1)):.3f} per token")
 
-        result = perplexity(
-            model, ids, tokenizer.token_bytes(), args.context, args.batch, advance
-        )
+        result = perplexity(model, ids, tokenizer.token_bytes(), args.context, args.batch, advance)
     seconds = time.perf_counter() - start
     print(
         f"perplexity {result.per_token:.4f} per token, {result.per_byte:.5f} per byte; "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 200
 # Chosen by reading the demo's output. Cooler than this it repeats itself, warmer it wanders.
-TEMPERATURE, TOP_P = 0.8, 0.95
+TEMPERATURE, TOP_P = 0.75, 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,9 +209,7 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _statistics(
-    times: list[float], loading: float, loaded: float, held: int, dense: int
-) -> str:
+def _statistics(times: list[float], loading: float, loaded: float, held: int, dense: int) -> str:
     line = (
         f"first token {times[0]:.2f} s after the start (imports {loading:.2f}, load "
         f"{loaded - loading:.2f}, compile and prefill {times[0] - loaded:.2f})"

@@ -69,14 +69,15 @@ def is_linear(name: str) -> bool:
 
 
 def nonzeros(checkpoint: Checkpoint, name: str) -> int:
-    """Weights whose bits are not all zero, as the sparse layouts count them."""
+    """Weights that are not zero; a packed tensor counts what it stores."""
     import numpy as np
 
     known = checkpoint.nnz(name)
     if known is not None:
         return known
     value = checkpoint.read(name)
-    return int(np.count_nonzero(value.view(f"u{value.dtype.itemsize}")))
+    # Bits without the sign: products with a mask leave -0.0 behind.
+    return int(np.count_nonzero(value.view(f"u{value.dtype.itemsize}") << 1))
 
 
 class _Sum:

@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from jax_flashllm.models.checkpoint import open_checkpoint, save_packed
-    from jax_flashllm.models.config import OPTConfig
+    from jax_flashllm.models.weights import verify
 
     with open_checkpoint(path) as checkpoint:
-        OPTConfig.from_dict(checkpoint.config)  # refuses what is no OPT before any work
+        verify(checkpoint)  # refuses what is no OPT before any work
         pruner = Pruner(checkpoint, args.sparsity, args.group, args.dtype)
         config = checkpoint.config | {
             key: pruner.dtype.name for key in ("dtype", "torch_dtype") if key in checkpoint.config
@@ -147,6 +147,11 @@ class Pruner:
         value = self.checkpoint.read(name)
         with np.errstate(over="ignore"):
             cast = value.astype(self.dtype)
+        if is_linear(name) and np.isnan(cast).any():
+            raise ValueError(
+                f"{self.checkpoint.path}: {name} holds NaN, which has no magnitude to prune by; "
+                "fetch the checkpoint again"
+            )
         lost = np.isinf(cast) & np.isfinite(value)
         if lost.any():
             raise ValueError(
