@@ -113,9 +113,9 @@ def run(args: argparse.Namespace) -> None:
         room = model.config.max_position_embeddings - len(ids)
         most = max(min(DEFAULT_TOKENS, room), 1)
 
-    printer = _Printer(sys.stdout, tokenizer.stream(), args.stop, args.stream)
-    if args.echo:
-        printer.write(prompt)
+    # The prompt is shown with the first token: an error before that leaves stdout empty.
+    before = prompt if args.echo else ""
+    printer = _Printer(sys.stdout, tokenizer.stream(), args.stop, args.stream, before)
     with contextlib.suppress(_Stopped):
         generate(
             model,
@@ -163,7 +163,10 @@ class _Stopped(Exception):
 class _Printer:
     """Writes text as its tokens come, up to the first stop text."""
 
-    def __init__(self, out: TextIO, stream: TextStream, stops: list[str], at_once: bool):
+    def __init__(
+        self, out: TextIO, stream: TextStream, stops: list[str], at_once: bool, before: str
+    ):
+        self.before = before
         self.out, self.stream, self.stops, self.at_once = out, stream, stops, at_once
         self.held = ""  # might become a stop text
         self.times: list[float] = []  # process age at each token
@@ -172,6 +175,8 @@ class _Printer:
 
     def add(self, token: int) -> None:
         self.times.append(common.process_age())
+        if len(self.times) == 1:
+            self.write(self.before)
         self._show(self.stream.add(token))
 
     def finish(self) -> None:

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if os.path.lexists(out) and not args.overwrite:
         raise ValueError(f"{out} exists; choose another --out, or pass --overwrite")
+    if out.absolute().parent.exists() and not out.absolute().parent.is_dir():
+        raise ValueError(f"{out}: {out.parent} is a file; choose another --out")
     common.cache_compilations()
     from tqdm import tqdm
 

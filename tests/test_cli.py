@@ -1,0 +1,415 @@
+"""The command line: what it writes, what it refuses, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_opt
+
+from jax_flashllm.models import cli, opt
+from jax_flashllm.models.checkpoint import open_checkpoint
+from jax_flashllm.models.commands import common
+from jax_flashllm.models.commands import generate as generate_command
+from jax_flashllm.models.generate import generate
+from jax_flashllm.models.tokenizer import open_tokenizer
+
+PROMPT = "The old house stood"
+MAIN = "import sys\nfrom jax_flashllm.models.cli import main\nsys.exit(main())"
+COMMAND = [sys.executable, "-P", "-c", MAIN]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Compiled programs go to a cache of the tests' own."""
+    cache = tmp_path_factory.mktemp("cache")
+    kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    return kept | {"XDG_CACHE_HOME": str(cache)}
+
+
+@pytest.fixture
+def command(environment, tmp_path):
+    """Runs the command in a process of its own, in an empty directory."""
+
+    def run(*args, first="", **variables):
+        return subprocess.run(
+            [*COMMAND[:-1], f"{first}\n{MAIN}", *map(str, args)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd=tmp_path,
+            env=environment | variables,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def inside(capsys, monkeypatch):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(common, "cache_compilations", lambda: None)
+
+    def run(*args):
+        try:
+            code = cli.main([str(a) for a in args])
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A float32 OPT of two layers with the demo's tokenizer, its vocabulary that long."""
+    config = tiny_opt.config("plain", vocab_size=4096, max_position_embeddings=64)
+    path = tiny_opt.save(tmp_path / "tiny", config, tiny_opt.weights(config))
+    (path / "tokenizer.json").write_bytes((common.DEMO / "tokenizer.json").read_bytes())
+    return path
+
+
+# ---- generate ----
+
+
+def test_greedy_text_is_that_of_the_library_and_the_cache_is_filled(command, environment):
+    args = ("generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--temperature", "0")
+    result = command(*args)
+    assert (result.returncode, result.stderr) == (0, b"")
+    tokenizer = open_tokenizer(common.DEMO)
+    tokens = generate(opt.load(common.DEMO), tokenizer.encode(PROMPT), 24)[0]
+    assert result.stdout.decode() == PROMPT + tokenizer.decode(tokens) + "\n"
+    assert os.listdir(os.path.join(environment["XDG_CACHE_HOME"], "jax_flashllm"))
+
+
+def test_a_seed_decides_the_text(inside):
+    texts = [
+        inside("generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--seed", seed)[1]
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_prompt_may_come_from_a_file_or_stdin(inside, tmp_path, monkeypatch):
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n")
+    args = ("generate", "--max-new-tokens", "4", "--temperature", "0")
+    with open(file, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        results = [
+            inside(*args, "--prompt", PROMPT),
+            inside(*args, "--prompt-file", file),
+            inside(*args),
+        ]
+    assert results[0][0] == 0
+    assert results[0] == results[1] == results[2]
+
+
+def test_without_echo_or_stream_the_continuation_is_the_same(inside):
+    args = ("generate", "--prompt", PROMPT, "--max-new-tokens", "8", "--seed", "3")
+    _, text, _ = inside(*args)
+    assert inside(*args, "--no-echo")[1] == text.removeprefix(PROMPT)
+    assert inside(*args, "--no-stream")[1] == text
+
+
+def test_stop_text_ends_the_output_and_is_not_in_it(inside):
+    args = ("generate", "--prompt", PROMPT, "--max-new-tokens", "30", "--temperature", "0")
+    _, text, _ = inside(*args)
+    stop = text[len(PROMPT) + 20 : len(PROMPT) + 26]
+    code, stopped, _ = inside(*args, "--stop", "never written", "--stop", stop)
+    assert code == 0
+    assert stopped == text[: text.index(stop, len(PROMPT))] + "\n"
+
+
+def test_stats_tell_the_time_and_the_bytes(inside):
+    args = ("generate", "--prompt", PROMPT, "--max-new-tokens", "8", "--stats")
+    _, _, line = inside(*args)
+    assert "first token" in line
+    assert "tokens/s" in line
+    assert "weights 14.9 MB in memory, 28.4 MB with dense layers" in line
+
+
+def printed(texts, stops=(), terminal=False):
+    """What the printer writes for a model whose tokens are `texts`."""
+    pieces = iter(texts)
+    stream = SimpleNamespace(add=lambda _: next(pieces), flush=lambda: "")
+    written = []
+    out = SimpleNamespace(isatty=lambda: terminal, write=written.append, flush=lambda: None)
+    printer = generate_command._Printer(out, stream, list(stops), True, "")
+    try:
+        for _ in texts:
+            printer.add(0)
+    except generate_command._Stopped:
+        pass
+    printer.finish()
+    return "".join(written)
+
+
+def test_stop_texts_may_lie_across_tokens():
+    assert printed(["one t", "w", "o", " three"], ["two t"]) == "one \n"
+    assert printed(["one t", "w", "o", " four"], ["two t"]) == "one two four\n"
+    assert printed(["aab", "c"], ["abc", "aabd"]) == "a\n"
+    assert printed(["end of th", "e"], ["the last"]) == "end of the\n"
+
+
+def test_a_terminal_gets_no_control_characters():
+    assert printed(["a\x1b[2Jb\x07\n\tc—é"], terminal=True) == "a[2Jb\n\tc—é\n"
+    assert printed(["a\x1b[2J"], terminal=False) == "a\x1b[2J\n"
+
+
+def test_all_of_the_context_is_used_and_no_more(inside, tiny):
+    code, _, stderr = inside("generate", "--model", tiny, "--prompt", "a " * 20)
+    assert (code, stderr) == (0, "")
+    code, _, stderr = inside(
+        "generate", "--model", tiny, "--prompt", "a " * 20, "--max-new-tokens", 60
+    )
+    assert code == 2
+    assert "exceed the model's context of 64; ask for" in stderr
+
+
+# ---- prune, info, eval, bench ----
+
+
+@pytest.mark.parametrize("group", ["row", "global"])
+def test_a_pruned_model_is_packed_described_and_evaluated(inside, tiny, tmp_path, group):
+    out = tmp_path / "out"
+    code, report, stderr = inside(
+        "prune", tiny, "--sparsity", "0.6", "--group", group, "--out", out, "--dtype", "bfloat16"
+    )
+    assert (code, stderr) == (0, "")
+    assert "all linear layers" in report
+    assert "predicted at batch 1" in report
+    with open_checkpoint(tiny) as old, open_checkpoint(out) as new:
+        assert set(new.names()) == set(old.names())
+        kept = weights = 0
+        for name in old.names():
+            before, after = old.read(name).astype(ml_dtypes.bfloat16), new.read(name)
+            assert after.dtype == ml_dtypes.bfloat16
+            if not new.is_sparse(name):
+                np.testing.assert_array_equal(before, after)
+                continue
+            stays = after != 0
+            np.testing.assert_array_equal(before[stays], after[stays])
+            kept, weights = kept + stays.sum(), weights + stays.size
+            if group == "row":
+                assert (stays.sum(axis=1) == stays.shape[1] - round(0.6 * stays.shape[1])).all()
+    assert kept / weights == pytest.approx(0.4, abs=0.01)
+
+    code, table, _ = inside("info", out)
+    assert code == 0
+    assert table.count("bitmask") == 12
+    code, dense, _ = inside("info", "--model", tiny)
+    assert code == 0
+    assert "bitmask" not in dense
+
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark night, and the moon was not to be seen. " * 20)
+    code, line, _ = inside("eval", "--model", out, "--text", text, "--batch", "2")
+    assert code == 0
+    assert "bits per byte" in line
+    assert "bytes scored" in line
+
+
+def test_pruning_leaves_zeros_and_no_more(inside, tiny, tmp_path):
+    args = ("prune", tiny, "--out", tmp_path / "out", "--sparsity")
+    assert inside(*args, "0")[0] == 0
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert not any(map(checkpoint.is_sparse, checkpoint.names()))
+        assert checkpoint.dtype(checkpoint.names()[0]) == np.float16
+    assert inside(*args, "1", "--overwrite")[0] == 0
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert all(checkpoint.nnz(n) in (0, None) for n in checkpoint.names())
+    assert inside("generate", "--model", tmp_path / "out", "--prompt", "a")[0] == 0
+
+
+def test_bench_compares_sparse_and_dense(inside, tiny, tmp_path):
+    inside("prune", tiny, "--sparsity", "0.7", "--out", tmp_path / "out")
+    code, table, _ = inside("bench", "--model", tmp_path / "out", "--tokens", "8")
+    assert code == 0
+    assert "sparse (6" in table
+    assert "the fastest dense" in table
+    assert "no layer is sparse" in inside("bench", "--model", tiny, "--tokens", "8")[1]
+
+
+# ---- what is refused ----
+
+
+def damaged(path, name, change):
+    data = (path / name).read_bytes()
+    (path / name).write_bytes(change(data))
+
+
+def hostile(path):
+    """A packed weight that declares 2^40 columns in a file of a few bytes."""
+    from safetensors.numpy import save_file
+
+    head = "model.decoder.layers.0.fc1"
+    parts = {
+        "shape": np.array([1 << 20, 1 << 40]),
+        "compressed": np.zeros(4, np.float16),
+        "bitmask": np.zeros((1, 1), np.uint8),
+        "row_offsets": np.zeros(1, np.int64),
+    }
+    save_file({f"{head}.{k}": v for k, v in parts.items()}, path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("", "required: COMMAND; see jax-flashllm --help"),
+        ("frobnicate", "invalid choice: 'frobnicate'"),
+        ("generate --nonsense", "unrecognized arguments: --nonsense"),
+        ("generate --model nowhere --prompt a", "nowhere does not exist; pass the directory"),
+        ("generate --model tiny/config.json --prompt a", "is a file; pass the directory"),
+        ("generate --prompt=", "the prompt is empty"),
+        ("generate --prompt-file nowhere.txt", "nowhere.txt cannot be read"),
+        ("generate --prompt-file latin1.txt", "not UTF-8 text (byte 3); convert it"),
+        ("generate --prompt-file empty.txt", "the prompt is empty"),
+        ("generate --prompt a --prompt-file empty.txt", "not allowed with argument"),
+        ("generate --model tiny --prompt-file long.txt", "context of 64; shorten the prompt"),
+        ("generate --prompt a --temperature=-1", "-1 is out of range, pass from 0"),
+        ("generate --prompt a --temperature nan", "nan is out of range"),
+        ("generate --prompt a --top-p 0", "0 is out of range, pass above 0 to 1"),
+        ("generate --prompt a --top-k 0", "0 is out of range, pass from 1"),
+        ("generate --prompt a --max-new-tokens few", "'few' is not an integer"),
+        ("generate --prompt a --dtype float64", "invalid choice: 'float64'"),
+        ("generate --prompt a --stop=", "--stop is empty"),
+        ("prune tiny --out new --sparsity 70", "70 is out of range, pass from 0 to 1"),
+        ("prune tiny --out new --sparsity=-0.1", "-0.1 is out of range"),
+        ("prune tiny --out new", "required: --sparsity"),
+        ("prune tiny --out tiny --sparsity 0.5", "tiny exists; choose another --out"),
+        ("prune tiny --out . --overwrite --sparsity 0.5", "no packed model has"),
+        ("prune nowhere --out new --sparsity 0.5", "nowhere does not exist"),
+        ("prune tiny --out long.txt/new --sparsity 0.5", "long.txt is a file; choose"),
+        ("eval --model tiny --text nowhere.txt", "nowhere.txt cannot be read"),
+        ("eval --model tiny --text empty.txt", "empty.txt is empty"),
+        ("eval --model tiny --text one.txt", "2 are needed"),
+        ("eval --model tiny --text long.txt --context 65", "windows of 2 to 64"),
+        ("bench --model tiny --tokens 100", "exceed the model's context of 64"),
+        ("info llama", "model_type is 'llama'; only 'opt'"),
+        ("info truncated", "truncated"),
+        ("info hostile", "fetch the file again"),
+        ("generate --model hostile --prompt a", "fetch the file again"),
+        ("prune hostile --sparsity 0.5 --out new", "fetch the file again"),
+        ("generate --model wordless --prompt a", "neither tokenizer.json nor"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line_and_exit_code_2(inside, tiny, tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("latin1", b"caf\xe9"), ("empty", b""), ("one", b"a")):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    (tmp_path / "long.txt").write_text("one two three " * 100)
+    models = [name for name in ("llama", "truncated", "hostile", "wordless") if name in args]
+    for name in models:
+        path = tmp_path / name
+        path.mkdir()
+        for file in tiny.iterdir():
+            (path / file.name).write_bytes(file.read_bytes())
+        if name == "llama":
+            damaged(path, "config.json", lambda x: x.replace(b'"opt"', b'"llama"'))
+        elif name == "truncated":
+            damaged(path, "model.safetensors", lambda x: x[: len(x) // 2])
+        elif name == "hostile":
+            hostile(path)
+        else:
+            (path / "tokenizer.json").unlink()
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    code, stdout, stderr = inside(*args.split())
+    assert code == 2, stderr
+    assert stdout == ""
+    assert says in stderr
+    assert stderr.startswith("jax-flashllm")
+    assert stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_a_fault_of_ours_is_one_line_unless_debug(inside, monkeypatch):
+    def broken(*_):
+        raise TypeError("something\nwas wrong")
+
+    monkeypatch.setattr(common, "model_path", broken)
+    code, _, stderr = inside("info")
+    assert code == 1
+    assert stderr == (
+        "jax-flashllm: internal error, TypeError: something was wrong; --debug shows where\n"
+    )
+    with pytest.raises(TypeError):
+        cli.main(["info", "--debug"])
+
+
+def test_help_names_every_command(inside):
+    code, text, _ = inside("--help")
+    assert code == 0
+    assert all(name in text for name in cli.COMMANDS)
+    for name in cli.COMMANDS:
+        assert inside(name, "--help")[0] == 0
+
+
+# ---- how it ends ----
+
+
+def test_interrupted_it_ends_quietly_with_130(environment):
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "--prompt", PROMPT, "--max-new-tokens", "500"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    process.stdout.read(len(PROMPT) + 5)  # it writes
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, b"")
+
+
+def test_a_reader_that_leaves_is_no_error(environment):
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "--prompt", PROMPT, "--max-new-tokens", "500"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    process.stdout.read(len(PROMPT) + 5)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_to_a_full_disk_is_an_error():
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run([*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "jax-flashllm: No space left on device; check the path, its permissions and the free "
+        "space\n"
+    )
+
+
+def test_saving_to_a_full_disk_leaves_nothing(command, tmp_path):
+    # A limit on file sizes fails in the middle of the weights, as a full disk does.
+    result = command(
+        "prune", "demo", "--sparsity", "0.8", "--out", tmp_path / "out",
+        first="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert b"cannot be written (File too large)" in result.stderr.splitlines()[-1]
+    assert b"Traceback" not in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = command(
+        "generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--temperature", "0",
+        XDG_CACHE_HOME=str(tmp_path / "file"),
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_nothing_heavy_is_imported_to_refuse_arguments(fresh_process):
+    source = (
+        "import sys\nfrom jax_flashllm.models import cli\n"
+        "try: cli.main(['generate', '--top-k', '0'])\nexcept SystemExit: pass\n"
+        "import json; print(json.dumps([m for m in ('flax', 'tokenizers') if m in sys.modules]))"
+    )
+    assert json.loads(fresh_process(source)) == []
