@@ -110,13 +110,14 @@ def _widen_by_output(x: jax.Array, table: jax.Array) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """softmax(q k^T) v, the softmax in float32.
 
-    q: [B, T, h, d], scaled.   k, v: [B, S, h, d].   mask: bool, broadcasts to [B, h, T, S].
-    Returns [B, T, h, d]. A row of the mask that is False throughout (a pad) gives a finite mean.
+    q: [B * h, T, d], scaled.   k, v: [B * h, S, d].   mask: bool [B, T, S] or [1, T, S].
+    Returns [B * h, T, d]. A row of the mask that is False throughout (a pad) gives a finite mean.
     """
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bshd->bthd", weights, v)
+    scores = jnp.einsum("ntd,nsd->nts", q, k, preferred_element_type=jnp.float32)
+    by_row = scores.reshape(mask.shape[0], -1, *scores.shape[1:])  # [B, h, T, S]
+    by_row = jnp.where(mask[:, None], by_row, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(by_row.reshape(scores.shape), axis=-1).astype(v.dtype)
+    return jnp.einsum("nts,nsd->ntd", weights, v)
 
 
 class Attention(nnx.Module):
@@ -136,30 +137,31 @@ class Attention(nnx.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ):
-        """x: [B, T, H].   mask: bool [B, 1, T, S], or None for plain causal where S = T.
+        """x: [B, T, H].   mask: bool [B, T, S] or [1, T, S], or None for plain causal where S = T.
 
-        Returns [B, T, H] and the keys and values attended to, [B, S, h, d] each.
+        `implementation` counts where there is no cache.
+        Returns [B, T, H] and, with a cache, the layer's keys and values after this.
         """
         B, T, H = x.shape
         qkv = apply(self.qkv_proj, x).reshape(B, T, 3, self.num_heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, h, d]
         q = q * q.shape[-1] ** -0.5  # after the bias, as OPT was trained
-        if cache is not None:
-            k, v = cache.write(layer, k, v)
-        if implementation is None:
-            mask = jnp.tril(jnp.ones((T, T), bool)) if mask is None else mask
-            y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
-        else:
+        if cache is None and implementation is not None:
+            mask = None if mask is None else mask[:, None]
             y = jax.nn.dot_product_attention(
-                q,
-                k.astype(q.dtype),
-                v.astype(q.dtype),
-                mask=mask,
-                scale=1.0,
-                is_causal=mask is None,
-                implementation=implementation,
+                q, k, v, mask=mask, scale=1.0, is_causal=mask is None, implementation=implementation
             )
-        return apply(self.out_proj, y.reshape(B, T, H)), (k, v)
+            return apply(self.out_proj, y.reshape(B, T, H)), None
+        # [B, T, h, d] -> [B * h, T, d]
+        q, k, v = (a.swapaxes(1, 2).reshape(B * self.num_heads, T, -1) for a in (q, k, v))
+        kv = None
+        if cache is not None:
+            kv = k, v = cache.write(layer, k, v)
+        if mask is None:
+            mask = jnp.tril(jnp.ones((1, T, T), bool))
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        y = y.reshape(B, self.num_heads, T, -1).swapaxes(1, 2).reshape(B, T, H)
+        return apply(self.out_proj, y), kv
 
 
 class DecoderLayer(nnx.Module):
@@ -252,7 +254,7 @@ class OPT(nnx.Module):
         else:
             new = attention_mask.astype(jnp.int32)
             positions = jnp.cumsum(new, axis=1) * new - 1
-            mask = jnp.tril(jnp.ones((T, T), bool)) & (new > 0)[:, None, None, :]
+            mask = jnp.tril(jnp.ones((T, T), bool)) & (new > 0)[:, None, :]
 
         x = self.embed_tokens.embedding[...][input_ids].astype(self.dtype)
         if self.project_in is not None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 @jax.tree_util.register_dataclass
@@ -23,13 +25,13 @@ class Sampling:
     """How to choose a token. None for the whole object means greedy.
 
     A field that is None leaves its filter out of the compiled program; the others are operands,
-    so a new value does not recompile. Only top_k is static, because it is a shape.
+    so a new value does not recompile.
     """
 
     temperature: np.float32
     top_p: np.float32 | None = None
     min_p: np.float32 | None = None
-    top_k: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    top_k: np.int32 | None = None
 
     @classmethod
     def create(
@@ -54,7 +56,7 @@ class Sampling:
             np.float32(temperature),
             None if top_p is None or top_p == 1 else np.float32(top_p),
             None if min_p is None or min_p == 0 else np.float32(min_p),
-            None if top_k is None else int(top_k),
+            None if top_k is None else np.int32(min(top_k, 2**31 - 1)),
         )
 
 
@@ -77,24 +79,63 @@ def apply_temperature(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     return logits / temperature
 
 
-def apply_top_k(logits: jax.Array, k: int) -> jax.Array:
+def apply_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     """Keeps the k largest logits and all that equal the k-th; k past V keeps all."""
-    kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
+    # By bisection, as below: of a top_k whose indices or values go unused XLA makes a full sort.
+    bits = lax.bitcast_convert_type(logits, jnp.uint32)
+    keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # in order of their floats
+    k = jnp.minimum(k, logits.shape[-1])
+    kth = _first(lambda n: jnp.sum(keys > n, axis=-1, keepdims=True) < k, 2**32 - 1, logits)
+    kth = lax.bitcast_convert_type(
+        jnp.where(kth >> 31 == 1, kth & jnp.uint32(0x7FFFFFFF), ~kth), jnp.float32
+    )
     return jnp.where(logits < kth, -jnp.inf, logits)
 
 
 def apply_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     """Keeps the smallest set of likeliest tokens whose probabilities reach p; at least one.
 
-    In rising order of probability, tokens are dropped while their running sum is at most 1 - p.
+    In rising order of probability, and of index among equals, tokens are dropped while their
+    running sum is at most 1 - p.
     """
-    rising = jnp.argsort(logits, axis=-1, stable=True)
-    ordered = jnp.take_along_axis(logits, rising, axis=-1)
-    dropped = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) <= 1 - p
-    dropped = dropped.at[..., -1].set(False)
-    # Back in vocabulary order: the inverse permutation by a second sort, which beats a scatter.
-    place = jnp.argsort(rising, axis=-1)
-    return jnp.where(jnp.take_along_axis(dropped, place, axis=-1), -jnp.inf, logits)
+    # Bisection finds where that sum passes 1 - p in some fifty sweeps over the row. On a CPU that
+    # is a fifth of a millisecond for 50272 tokens, where XLA's sort with indices takes twelve.
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    bits = lax.bitcast_convert_type(probabilities, jnp.uint32)  # in the order of their floats
+    index = lax.broadcasted_iota(jnp.uint32, logits.shape, logits.ndim - 1)
+
+    def passes(counted):
+        return jnp.sum(jnp.where(counted, probabilities, 0), axis=-1, keepdims=True) > 1 - p
+
+    # Where rounding keeps even the whole sum from passing, the last of the likeliest is kept.
+    border = jnp.minimum(
+        _first(lambda n: passes(bits <= n), _BITS_OF_1, logits), bits.max(-1, keepdims=True)
+    )
+    ties = bits == border
+    rank = _first(
+        lambda n: passes((bits < border) | (ties & (index <= n))), logits.shape[-1] - 1, logits
+    )
+    rank = jnp.minimum(rank, jnp.where(ties, index, 0).max(-1, keepdims=True))
+    return jnp.where((bits > border) | (ties & (index >= rank)), logits, -jnp.inf)
+
+
+_BITS_OF_1 = 0x3F800000
+
+
+def _first(test: Callable[[jax.Array], jax.Array], most: int, like: jax.Array) -> jax.Array:
+    """For each row of `like` the least n in [0, most] with test(n), or `most`: uint32 [..., 1].
+
+    test: from such an array to bool of its shape; once true for a row, true for all larger n.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + ((high - low) >> 1)
+        found = test(middle)
+        return jnp.where(found, low, jnp.minimum(middle + 1, high)), jnp.where(found, middle, high)
+
+    low = jnp.zeros((*like.shape[:-1], 1), jnp.uint32)
+    return lax.fori_loop(0, most.bit_length(), halve, (low, jnp.full_like(low, np.uint32(most))))[1]
 
 
 def apply_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
@@ -146,9 +187,13 @@ def sample(
     if sampling is None:
         return greedy(logits)
     probabilities = jax.nn.softmax(filter_logits(logits, sampling), axis=-1)
-    running = jnp.cumsum(probabilities, axis=-1)
-    reached = (running > uniform[:, None] * running[:, -1:]) & (probabilities > 0)
-    # Rounding may leave nothing reached at uniform = 1 - 2^-24; the likeliest token then stands in.
-    fallback = jnp.argmax(probabilities, axis=-1)
-    drawn = jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), fallback)
-    return drawn.astype(jnp.int32)
+    index = lax.broadcasted_iota(jnp.uint32, logits.shape, 1)
+
+    def running(n):
+        return jnp.sum(jnp.where(index <= n, probabilities, 0), axis=-1, keepdims=True)
+
+    last = logits.shape[1] - 1
+    # Rounding may bring uniform = 1 - 2^-24 up to the whole sum, which no sum exceeds.
+    whole = running(last)
+    target = jnp.minimum(uniform[:, None] * whole, jnp.nextafter(whole, 0.0))
+    return _first(lambda n: running(n) > target, last, logits)[:, 0].astype(jnp.int32)

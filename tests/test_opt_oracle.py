@@ -67,7 +67,7 @@ def test_filters_are_those_of_transformers(top_p, top_k, min_p):
     ]
     for warp in warpers:
         scores = warp(None, scores)
-    s = sampling.Sampling(*map(np.float32, (0.8, top_p, min_p)), top_k)
+    s = sampling.Sampling(*map(np.float32, (0.8, top_p, min_p)), np.int32(top_k))
     ours = np.asarray(sampling.filter_logits(jnp.asarray(logits), s))
     np.testing.assert_array_equal(np.isinf(ours), np.isinf(scores.numpy()))
     np.testing.assert_allclose(ours, scores.numpy(), rtol=1e-6)
