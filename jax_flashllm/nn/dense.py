@@ -156,6 +156,12 @@ class SparseDense(nnx.Module):
         w = encode_kernel(kernel, sparsity, mask, param_dtype, format, shards)
         return cls.from_encoded(w, linear.bias, dtype)
 
+    def share(self, other: "SparseDense") -> Self:
+        """Takes the other layer's weight for its own: the same Variables. Returns itself."""
+        self.kernel, self.kernel_index = other.kernel, other.kernel_index
+        self.kernel_offsets = other.kernel_offsets
+        return self
+
     @property
     def weight(self) -> SparseWeight:
         """W [M, K] encoded, from the current Variables."""

@@ -81,7 +81,12 @@ def check_param_dtype(dtype: Any, where: str) -> None:
 
 def rebuild(values: Any, index: Any, offsets: Any, shape: tuple[int, int]) -> SparseWeight:
     """The encoded weight of three buffers; the index's dtype tells the format."""
-    cls = {np.dtype(np.uint32): Bitmap, np.dtype(np.uint16): TiledCSL}[np.dtype(index.dtype)]
+    cls = {"uint32": Bitmap, "uint16": TiledCSL}.get(np.dtype(index.dtype).name)
+    if cls is None:
+        raise ValueError(
+            f"SparseDense: kernel_index is {index.dtype}, expected uint32 (the masks of a Bitmap) "
+            "or uint16 (the positions of a TiledCSL)"
+        )
     return cls(offsets, values, shape, index)
 
 
