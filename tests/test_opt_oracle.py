@@ -8,8 +8,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.oracle
 
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from make_fixtures import hf_greedy, hf_logits, hf_model  # noqa: E402
+from tiny_opt import quick_compiles  # noqa: E402, F401
 
 from jax_flashllm.models import opt, sampling  # noqa: E402
 from jax_flashllm.models.config import OPTConfig  # noqa: E402
@@ -25,7 +27,7 @@ def test_logits_and_greedy_tokens(tmp_path, variant, sparsity):
     reference = hf_model(config, tensors)
     model = opt.load(tiny_opt.save(tmp_path, config, tensors))
     ids, mask = tiny_opt.prompts()
-    y = np.asarray(model(jnp.asarray(ids), jnp.asarray(mask)))
+    y = np.asarray(jax.jit(model)(ids, mask))
     assert np.abs(y - hf_logits(reference, ids, mask))[mask == 1].max() < 1e-4
     new = generate(model, ids, 64, mask, eos_token_id=())
     np.testing.assert_array_equal(new, hf_greedy(reference, ids, mask, 64))
@@ -38,7 +40,7 @@ def test_a_directory_that_transformers_saved(tmp_path, sharded):
     reference.save_pretrained(tmp_path, max_shard_size="20KB" if sharded else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == sharded
     ids, mask = tiny_opt.prompts()
-    y = np.asarray(opt.load(tmp_path)(jnp.asarray(ids), jnp.asarray(mask)))
+    y = np.asarray(jax.jit(opt.load(tmp_path))(ids, mask))
     assert np.abs(y - hf_logits(reference, ids, mask))[mask == 1].max() < 1e-4
 
 

@@ -8,7 +8,9 @@ import json
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 BASE = {
@@ -112,3 +114,11 @@ def prompts() -> tuple[np.ndarray, np.ndarray]:
     mask[2, :8] = 0
     ids[:, 0] = np.where(mask[:, 0] == 1, 2, ids[:, 0])
     return np.where(mask == 1, ids, 1), mask
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Import it where tests compile many tiny programs once each: halves their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
