@@ -18,7 +18,13 @@ from flax.linen.linear import default_kernel_init
 
 from jax_flashllm.formats import Format, SparseWeight
 from jax_flashllm.formats.weight import HALF_DTYPES
-from jax_flashllm.nn.weights import check_param_dtype, encode_kernel, promoted, rebuild
+from jax_flashllm.nn.weights import (
+    check_param_dtype,
+    encode_kernel,
+    initial_weight,
+    promoted,
+    rebuild,
+)
 from jax_flashllm.spmm import spmm
 
 __all__ = ["SparseDense", "variables_from_dense", "variables_from_encoded"]
@@ -33,8 +39,8 @@ class SparseDense(linen.Module):
     param_dtype: float16 or bfloat16, of the initial weight and bias.
     format, shards: as in `jax_flashllm.encode`.
 
-    `init` encodes, so it runs outside jit; `apply` runs anywhere. To use weights that exist,
-    skip `init` and pass `variables_from_dense` or `variables_from_encoded` to `apply`.
+    To use weights that exist, skip `init` and pass `variables_from_dense` or
+    `variables_from_encoded` to `apply`.
     """
 
     features: int
@@ -78,14 +84,8 @@ class SparseDense(linen.Module):
         encoded: list[SparseWeight] = []
 
         def init(key):
-            kernel = self.kernel_init(key, shape[::-1], self.param_dtype)
-            w = encode_kernel(
-                kernel,
-                self.sparsity,
-                dtype=self.param_dtype,
-                format=self.format,
-                shards=self.shards,
-            )
+            kernel = linen.unbox(self.kernel_init(key, shape[::-1], self.param_dtype))
+            w = initial_weight(kernel, self.sparsity, self.param_dtype, self.format, self.shards)
             encoded.append(w)
             return w.values
 

@@ -52,6 +52,14 @@ def test_the_same_key_draws_what_dense_draws(dtype, use_bias):
             assert a.dtype == b.dtype
 
 
+def test_init_under_jit_and_eval_shape():
+    model = SparseMLP(sparsity=0.7)
+    eager = model.init(jax.random.key(0), X)
+    jax.tree.map(np.testing.assert_array_equal, eager, jax.jit(model.init)(jax.random.key(0), X))
+    abstract = jax.eval_shape(model.init, jax.random.key(0), X)
+    assert jax.tree.map(jnp.shape, eager) == jax.tree.map(lambda a: a.shape, abstract)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_given_weight(format):
     dense = sparse_matrix((24, 40), np.float16, 0.3)

@@ -436,6 +436,49 @@ def test_grad_of_a_model_selects_floats_only():
     assert all(jnp.issubdtype(g.dtype, jnp.floating) for g in leaves)
 
 
+# ---- layers made in traced functions ----
+
+
+@pytest.mark.parametrize("format", ["auto", *FORMATS])
+def test_layers_can_be_made_under_jit_and_eval_shape(format):
+    def make():
+        return SparseDense(70, 40, sparsity=0.7, format=format, shards=3, rngs=nnx.Rngs(0))
+
+    eager, jitted, abstract = make(), nnx.jit(make)(), nnx.eval_shape(make)
+    jitted.weight.validate()
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(eager), nnx.state(jitted))
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(eager))
+    assert shapes == jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(abstract))
+    # Sizes follow from the arguments, not from what was drawn.
+    other = SparseDense(70, 40, sparsity=0.7, format=format, shards=3, rngs=nnx.Rngs(1))
+    assert shapes == jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(other))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97, 1.0])
+def test_the_sizes_of_drawn_layers_are_hardly_more_than_they_need(sparsity):
+    w, d = SparseDense(512, 512, sparsity=sparsity, rngs=nnx.Rngs(0)).weight, 1 - sparsity
+    assert w.bits_per_weight < min(16 * d + 1, 32 * d) + 0.06
+
+
+def test_layers_can_be_made_under_vmap():
+    @nnx.vmap
+    def make(key):
+        return SparseDense(70, 40, sparsity=0.5, rngs=nnx.Rngs(key))
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = make(keys).weight.to_dense()
+    for key, dense in zip(keys, stacked, strict=True):
+        one = SparseDense(70, 40, sparsity=0.5, rngs=nnx.Rngs(key)).weight.to_dense()
+        np.testing.assert_array_equal(dense, one)
+
+
+def test_partitioned_initialisers_are_accepted():
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+    layer = SparseDense(70, 40, kernel_init=init, rngs=nnx.Rngs(0))
+    plain = SparseDense(70, 40, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer.kernel[...], plain.kernel[...])
+
+
 # ---- stacks ----
 
 

@@ -35,24 +35,44 @@ def encode(
     Returns a `Bitmap` or a `TiledCSL`. Raises TypeError for other dtypes and under tracing,
     ValueError for other ranks, empty matrices, or `shards` out of range.
     """
+    # jnp.asarray would compile a program for every new shape; device_put compiles none.
+    return jax.device_put(encode_on_host(dense, format, shards))
+
+
+def encode_on_host(
+    dense: np.ndarray | jax.Array, format: Format = "auto", shards: int = 1
+) -> Bitmap | TiledCSL:
+    """`encode` to NumPy buffers: calls no JAX, so callbacks may use it."""
     if format not in ("auto", "bitmap", "tiled_csl"):
         raise ValueError(f"encode: format must be auto, bitmap or tiled_csl, got {format!r}")
     check_dense(dense, shards)
     host = np.ascontiguousarray(dense)
     bits = words(host)
     if format == "auto":
-        density = np.count_nonzero(bits) / bits.size
-        format = "bitmap" if density >= _CROSSOVER_DENSITY else "tiled_csl"
+        format = smaller_format(np.count_nonzero(bits) / bits.size)
     encoder, cls = {
         "bitmap": (_flashllm.encode_bitmap, Bitmap),
         "tiled_csl": (_flashllm.encode_tiled_csl, TiledCSL),
     }[format]
     index, offsets, values = encoder(bits, int(shards))
     m, k = host.shape
-    values = values.view(host.dtype)
-    # jnp.asarray would compile a program for every new shape; device_put compiles none.
-    offsets, values, index = jax.device_put((offsets, values, index))
-    return cls(offsets, values, (m, k), index)
+    return cls(offsets, values.view(host.dtype), (m, k), index)
+
+
+def smaller_format(density: float) -> Literal["bitmap", "tiled_csl"]:
+    return "bitmap" if density >= _CROSSOVER_DENSITY else "tiled_csl"
+
+
+def pad_values(w: SparseWeight, capacity: int) -> SparseWeight:
+    """The same NumPy or JAX weight with room for `capacity` values a shard."""
+
+    def pad(leaf, fill):
+        xp = np if isinstance(leaf, np.ndarray) else jnp
+        return xp.pad(leaf, ((0, 0), (0, capacity - leaf.shape[-1])), constant_values=fill)
+
+    if isinstance(w, TiledCSL):
+        return dataclasses.replace(w, values=pad(w.values, 0), positions=pad(w.positions, PADDING))
+    return dataclasses.replace(w, values=pad(w.values, 0))
 
 
 def stack(weights: list[SparseWeight]) -> SparseWeight:
@@ -70,14 +90,5 @@ def stack(weights: list[SparseWeight]) -> SparseWeight:
             "with one explicit format and one number of shards"
         )
     capacity = max(w.values.shape[-1] for w in weights)
-
-    def pad(leaf, fill):
-        return jnp.pad(leaf, ((0, 0), (0, capacity - leaf.shape[-1])), constant_values=fill)
-
-    padded = []
-    for w in weights:
-        fields = {"values": pad(w.values, 0)}
-        if isinstance(w, TiledCSL):
-            fields["positions"] = pad(w.positions, PADDING)
-        padded.append(dataclasses.replace(w, **fields))
+    padded = [pad_values(w, capacity) for w in weights]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded)

@@ -20,7 +20,14 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jax_flashllm.formats import Format, SparseWeight
 from jax_flashllm.formats.weight import HALF_DTYPES
-from jax_flashllm.nn.weights import Mask, check_param_dtype, encode_kernel, promoted, rebuild
+from jax_flashllm.nn.weights import (
+    Mask,
+    check_param_dtype,
+    encode_kernel,
+    initial_weight,
+    promoted,
+    rebuild,
+)
 from jax_flashllm.spmm import spmm
 
 
@@ -44,8 +51,8 @@ class SparseDense(nnx.Module):
 
     Attributes: `kernel` (the stored values), `kernel_index` and `kernel_offsets` as in this
     module's header, `bias` (nnx.Param [M] or None), `weight` (all of it, encoded).
-    Training updates the values; which weights are zero stays. Encoding reads the weight, so
-    layers are made outside jit.
+    Sharding annotations of `kernel_init` name axes of [K, M], which the values do not have: they
+    are dropped. Training updates the values; which weights are zero stays.
     """
 
     def __init__(
@@ -66,7 +73,8 @@ class SparseDense(nnx.Module):
         check_param_dtype(param_dtype, "SparseDense")
         w = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         if not isinstance(w, SparseWeight):  # `from_encoded` brings one
-            w = encode_kernel(w, sparsity, dtype=param_dtype, format=format, shards=shards)
+            w = getattr(w, "raw_value", w)  # out of nnx.with_partitioning
+            w = initial_weight(w, sparsity, param_dtype, format, shards)
         index, offsets = w.buffers
         self.kernel = nnx.Param(w.values)
         self.kernel_index = SparseIndex(index)

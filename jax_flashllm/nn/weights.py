@@ -7,8 +7,18 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashllm.formats import Bitmap, Format, SparseWeight, TiledCSL, encode, stack
-from jax_flashllm.formats.weight import HALF_DTYPES
+from jax_flashllm.formats import (
+    Bitmap,
+    Format,
+    SparseWeight,
+    TiledCSL,
+    encode,
+    encode_on_host,
+    pad_values,
+    smaller_format,
+    stack,
+)
+from jax_flashllm.formats.weight import HALF_DTYPES, VECTOR
 
 Mask = np.ndarray | jax.Array
 
@@ -52,8 +62,39 @@ def encode_kernel(
     if w.ndim == 2:
         return encode(w, format, shards)
     if format == "auto":  # a stack has one format: the one that suits the whole
-        format = encode(w.reshape(-1, w.shape[-1])).format
+        format = smaller_format(np.count_nonzero(w) / w.size)
     return stack([encode(layer, format, shards) for layer in w])
+
+
+def initial_weight(
+    kernel: jax.Array | np.ndarray, sparsity: float, dtype: Any, format: Format, shards: int
+) -> SparseWeight:
+    """Prunes, casts and encodes a freshly drawn kernel [K, M], under jit and vmap too.
+
+    The buffers' sizes follow from the arguments alone, for any kernel: layers can be made in a
+    traced function, and two layers of equal arguments have equal shapes.
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"SparseDense: sparsity must be from 0 to 1, got {sparsity}")
+    K, M = kernel.shape
+    kept = K - round(sparsity * K)
+    if format == "auto":
+        format = smaller_format(kept / K)
+    # An encoded zero matrix has the right sizes but for the values. Each of its blocks may end
+    # in a part of a vector.
+    empty = encode_on_host(np.zeros((M, K), dtype), format, shards)
+    vectors = -(-empty.shard_rows * kept // VECTOR) + empty.offsets.shape[1] - 1
+    empty = pad_values(empty, vectors * VECTOR)
+
+    def on_host(kernel):
+        w = _keep_largest(np.asarray(kernel).T, sparsity).astype(dtype)
+        w = np.where(w == 0, w.dtype.type(0), w)
+        return pad_values(encode_on_host(w, format, shards), vectors * VECTOR)
+
+    if not isinstance(kernel, jax.core.Tracer):
+        return jax.device_put(on_host(kernel))
+    shapes = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape, b.dtype), empty)
+    return jax.pure_callback(on_host, shapes, kernel, vmap_method="sequential")
 
 
 def _keep_largest(w: np.ndarray, sparsity: float) -> np.ndarray:
