@@ -74,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception) -> int:
     """One line on stderr; 2 where the caller can act on it, else 1."""
-    expected = isinstance(error, (ValueError, OSError, MemoryError, NotImplementedError))
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError):
-        text = f"out of memory ({text}); use a smaller model or free some memory"
+    full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text  # the latter is XLA's
+    expected = full or isinstance(error, (ValueError, OSError, NotImplementedError))
+    if full:
+        text = f"out of memory ({text[:200]}); use a smaller model or batch, or free some memory"
     elif isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror}; check the path, its permissions and the free space"

@@ -75,12 +75,11 @@ def perplexity(
     T = config.max_position_embeddings if context is None else context
     ids = _check(ids, T, config.max_position_embeddings, config.vocab_size)
     rows = -(-len(ids) // T)
-    if batch is None:
-        batch = LOGITS_BYTES // (4 * T * config.vocab_size)
-    elif batch < 1:
+    if batch is not None and batch < 1:
         raise ValueError(f"perplexity: batch is {batch}; evaluate 1 window at a time at least.")
+    B = batch or max(LOGITS_BYTES // (4 * T * config.vocab_size), 1)
     # No larger than the text, and split evenly: a short last call would be padded with windows.
-    B = min(max(batch, 1), rows)
+    B = min(B, rows)
     B = -(-rows // -(-rows // B))
     padded = rows + -rows % B
 

@@ -341,6 +341,20 @@ def test_a_fault_of_ours_is_one_line_unless_debug(inside, monkeypatch):
         cli.main(["info", "--debug"])
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")]
+)
+def test_out_of_memory_is_no_fault_of_ours(inside, monkeypatch, error):
+    def exhausted(*_):
+        raise error
+
+    monkeypatch.setattr(common, "model_path", exhausted)
+    code, _, stderr = inside("info")
+    assert code == 2
+    assert "out of memory" in stderr
+    assert "free some memory" in stderr
+
+
 def test_help_names_every_command(inside):
     code, text, _ = inside("--help")
     assert code == 0

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jax_flashllm.models.commands import common
 from jax_flashllm.models.commands.info import is_linear
@@ -122,7 +122,7 @@ class Pruner:
     def dense_bytes(self, name: str) -> int:
         return math.prod(self.checkpoint.shape(name)) * self.dtype.itemsize
 
-    def tensors(self, say) -> Iterator[tuple[str, np.ndarray]]:
+    def tensors(self, say: Callable[[str], Any]) -> Iterator[tuple[str, np.ndarray]]:
         """(name, array in the dtype to be written); linear layers pruned."""
         import numpy as np
 
@@ -139,7 +139,7 @@ class Pruner:
                 if threshold is not None:
                     value = threshold.prune(value, self.linear.index(name))
                 elif self.sparsity > 0:
-                    value = magnitude(value, self.sparsity)
+                    value = np.asarray(magnitude(value, self.sparsity))
                 self.kept[name] = int(np.count_nonzero(value.view(np.uint16)))
             yield name, value
 
