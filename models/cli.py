@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     debug = False
     try:
+        _prepare_streams()
         args = parser().parse_args(argv)
         debug = args.debug
-        _tolerate_encodings()
         args.run(args)
         sys.stdout.flush()
         return 0
@@ -94,10 +94,12 @@ def _report(error: Exception) -> int:
     return 2 if expected else 1
 
 
-def _tolerate_encodings() -> None:
+def _prepare_streams() -> None:
     """Characters that the terminal's encoding lacks become '?', rather than an error."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure: Any = getattr(stream, "reconfigure", None)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as in `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        reconfigure: Any = getattr(getattr(sys, name), "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
 
