@@ -122,7 +122,9 @@ def _spmm_jvp(primals, tangents, *, format, shape, activation):
 
 def _spmm_transpose(ct, *args, format, shape, activation):
     # y = x W^T, so x_bar = y_bar W and W_bar = y_bar^T x, of which the stored part is kept.
-    # Bias is dealt with in the JVP rule and activations there too: neither is linear here.
+    # Bias and activation are dealt with in the JVP rule: what is transposed has neither.
+    if activation is not None:
+        raise NotImplementedError(f"spmm: with activation {activation!r} it is not linear")
     *index, values, x, _bias = args
     x_bar = values_bar = None
     if type(ct) is ad.Zero:

@@ -427,6 +427,16 @@ def test_vmap_of_grad_and_grad_of_vmap(format):
         close(wi.to_dense(), (y_bar.T @ x[i]) * (D != 0), np.float16)
 
 
+def test_linear_transpose():
+    w, dense = some()
+    y_bar = tokens(3, 40)
+    (x_bar,) = jax.linear_transpose(lambda x: jf.spmm(w, x), tokens(3, 70))(y_bar)
+    close(x_bar, y_bar @ dense.astype(np.float32))
+    relu = jax.linear_transpose(lambda x: jf.spmm(w, x, activation="relu"), tokens(3, 70))
+    with pytest.raises(NotImplementedError, match="not linear"):
+        relu(y_bar)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_decode_is_differentiable(format):
     w, dense = some(33, 70, format, shards=2)
