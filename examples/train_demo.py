@@ -38,11 +38,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax_flashllm.models.config import OPTConfig
-from jax_flashllm.models.opt import OPT
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+
+from jax_flashllm.models.config import OPTConfig
+from jax_flashllm.models.opt import OPT
 
 END_OF_TEXT = "<|endoftext|>"
 EOS = 0  # its id: the only special token, so bos, eos and pad are all this one

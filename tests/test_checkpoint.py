@@ -26,6 +26,7 @@ from checkpoint_files import (
     torch_bytes,
     weights,
 )
+
 from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint, save_packed
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"

@@ -11,7 +11,6 @@ import tracemalloc
 import zipfile
 
 import flax.serialization
-import jax_flashllm.models.checkpoint as checkpoint_package
 import msgpack
 import numpy as np
 import pytest
@@ -31,6 +30,8 @@ from checkpoint_files import (
     torch_bytes,
     weights,
 )
+
+import jax_flashllm.models.checkpoint as checkpoint_package
 from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint
 
 HUGE = 2**20

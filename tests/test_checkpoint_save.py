@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors
 from checkpoint_files import FLOATS, same, weights
+
 from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint, save, save_packed
 
 CONFIG = {"model_type": "opt", "vocab_size": 19}

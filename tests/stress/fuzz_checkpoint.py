@@ -30,6 +30,7 @@ from checkpoint_files import (
     torch_bytes,
     weights,
 )
+
 from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint
 
 
