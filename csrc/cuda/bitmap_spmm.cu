@@ -19,8 +19,8 @@ namespace {
 
 using bitmap::kBlockTiles;
 
-constexpr int kSlots = 8;                                      // blocks in flight at most
-constexpr int kBlockBytes = bitmap::kBlockWeights * 2;         // of values, at 0% sparsity
+constexpr int kSlots = 8;                               // blocks in flight at most
+constexpr int kBlockBytes = bitmap::kBlockWeights * 2;  // of values, at 0% sparsity
 constexpr int kMaxWarps = 16;
 constexpr int kBarrierBytes = kMaxWarps * kSlots * 8;
 constexpr int kRingAlign = 128;
@@ -89,18 +89,15 @@ __device__ __forceinline__ void RunStarts(uint32_t mask, uint32_t& run, uint32_t
   const uint32_t last_below = __shfl_sync(~0u, below, 31), last_own = __shfl_sync(~0u, own, 31);
   // __dp4a adds chosen bytes, times two: counts to byte addresses.
   starts[0] = __dp4a(below, 0x00000002u, run);
-  starts[1] =
-      __dp4a(below, 0x00000200u, __dp4a(last_below, 0x2u, __dp4a(last_own, 0x2u, run)));
-  starts[2] =
-      __dp4a(below, 0x00020000u, __dp4a(last_below, 0x202u, __dp4a(last_own, 0x202u, run)));
+  starts[1] = __dp4a(below, 0x00000200u, __dp4a(last_below, 0x2u, __dp4a(last_own, 0x2u, run)));
+  starts[2] = __dp4a(below, 0x00020000u, __dp4a(last_below, 0x202u, __dp4a(last_own, 0x202u, run)));
   starts[3] =
       __dp4a(below, 0x02000000u, __dp4a(last_below, 0x20202u, __dp4a(last_own, 0x20202u, run)));
   run = __dp4a(last_below, 0x02020202u, __dp4a(last_own, 0x02020202u, run));
 }
 
 template <int kRow, int kHalf>
-__device__ __forceinline__ void TakePairs(uint32_t mask, uint32_t (&run)[4],
-                                          uint32_t (&a)[4][4]) {
+__device__ __forceinline__ void TakePairs(uint32_t mask, uint32_t (&run)[4], uint32_t (&a)[4][4]) {
   // Register of a fragment: row g or g + 8, columns 0-1 or 2-3. The four steps are
   // independent chains of loads, so they go side by side.
   constexpr int kRegister = kRow + 2 * kHalf, kBit = 4 * kRow + 2 * kHalf;
@@ -148,13 +145,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
     vectors = 0;
     if (next * 32 + lane < count && band < a.bands) {
       const int shard = band / a.shard_bands;
-      const int64_t at = int64_t(shard) * a.shard_offsets +
-                         int64_t(band % a.shard_bands) * a.blocks + block;
+      const int64_t at =
+          int64_t(shard) * a.shard_offsets + int64_t(band % a.shard_bands) * a.blocks + block;
       const int64_t begin = min(int64_t(__ldg(a.offsets + at)), a.capacity);
       const int64_t end = min(int64_t(__ldg(a.offsets + at + 1)), a.capacity);
       first = shard * a.capacity + begin;
-      vectors = static_cast<uint32_t>(
-          max(int64_t(0), min(end - begin, int64_t(kBlockBytes / 16))));
+      vectors = static_cast<uint32_t>(max(int64_t(0), min(end - begin, int64_t(kBlockBytes / 16))));
     }
     batch = next;
   };
@@ -227,7 +223,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
 
       constexpr int kAhead = kN8 < 4 ? kN8 : 4;  // octets of x in registers while W is decoded
       uint4 x[kAhead][2];
-      auto load_x = [&](int n8, uint4 (&to)[2]) {
+      auto load_x = [&](int n8, uint4(&to)[2]) {
         const uint16_t* p = x_lane + n8 * 8 * a.x_stride + tile * 64;
         to[0] = to[1] = make_uint4(0, 0, 0, 0);
         if (token + n8 * 8 < a.tokens) {
@@ -249,7 +245,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
       // ---- mma ----
 #pragma unroll
       for (int n8 = 0; n8 < kN8; ++n8) {
-        uint4 (&b)[2] = x[n8 % kAhead];
+        uint4(&b)[2] = x[n8 % kAhead];
         ptx::Mma<kBf16>(acc[n8], fragments[0], b[0].x, b[0].y);
         ptx::Mma<kBf16>(acc[n8], fragments[1], b[0].z, b[0].w);
         ptx::Mma<kBf16>(acc[n8], fragments[2], b[1].x, b[1].y);

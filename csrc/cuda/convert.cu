@@ -12,8 +12,8 @@ struct Matrix {
   const uint32_t* masks;
   const uint16_t* positions;
   const uint32_t* offsets;
-  int64_t rows, k, capacity;      // of a shard; capacity in values
-  int bands, tiles, blocks;       // of a shard; blocks a band
+  int64_t rows, k, capacity;  // of a shard; capacity in values
+  int bands, tiles, blocks;   // of a shard; blocks a band
   int64_t shard_offsets, blocks_total;
 };
 

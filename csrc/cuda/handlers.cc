@@ -115,8 +115,9 @@ ffi::Error SpmmHandler(cudaStream_t stream, Index index, Words offsets, AnyBuffe
   p.y = y->untyped_data();
   p.activation = static_cast<int>(activation);
   if (rows > INT32_MAX || k > INT32_MAX / 2) return Bad("the weight is too large");
-  const Plan plan = {static_cast<int>(ctas),  static_cast<int>(warps), static_cast<int>(group),
-                     chunk,                   workspace->untyped_data(), workspace->size_bytes()};
+  const Plan plan = {static_cast<int>(ctas),    static_cast<int>(warps),
+                     static_cast<int>(group),   chunk,
+                     workspace->untyped_data(), workspace->size_bytes()};
   int device;
   if (auto e = Check(cudaGetDevice(&device), "cudaGetDevice"); e.failure()) return e;
   const char* why;
@@ -178,11 +179,9 @@ auto BindUnary() {
 
 constexpr auto kCapturable = ffi::Traits::kCmdBufferCompatible;
 
-XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
-                       ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs());
+XLA_FFI_DEFINE_HANDLER(
+    kInitialize, Initialize,
+    ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
 XLA_FFI_DEFINE_HANDLER(kSpmmBitmap, SpmmHandler<Words>, BindSpmm<Words>(), {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kSpmmTiledCsl, SpmmHandler<Halves>, BindSpmm<Halves>(), {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kDecodeBitmap, DecodeHandler<Words>, BindUnary<Words>(), {kCapturable});

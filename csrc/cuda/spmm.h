@@ -81,16 +81,16 @@ struct Args {
   int64_t x_stride;
   int tokens;
   Output out;
-  float* partial;       // [groups][ctas][slots][warps][group / 8][32] float4
+  float* partial;        // [groups][ctas][slots][warps][group / 8][32] float4
   const float* unscale;  // per token of x, for terms
   int terms, tokens_a_term;
-  float term_step;         // 2^-11 for fp16 terms, 1 for bf16
-  bool keep_all;           // every strip goes through `partial`
-  int64_t capacity;        // in vectors of 8
-  int64_t units;           // strips * blocks
+  float term_step;                             // 2^-11 for fp16 terms, 1 for bf16
+  bool keep_all;                               // every strip goes through `partial`
+  int64_t capacity;                            // in vectors of 8
+  int64_t units;                               // strips * blocks
   int shard_rows, shard_bands, bands, strips;  // bands of 16 rows
-  int tiles, blocks;       // of a band; units of a strip
-  int shard_offsets;       // offsets a shard
+  int tiles, blocks;                           // of a band; units of a strip
+  int shard_offsets;                           // offsets a shard
   int ctas, warps, slots, groups, group;
   int ring_bytes;  // of a warp
 };

@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kThreads) TiledCslKernel(const __grid_constant
   Vectors where = Locate(a, strip, tile);
   Nonzeros ahead = {};  // this thread's first vector of the tile to scatter next
   auto prefetch = [&] {
-    if (static_cast<int>(threadIdx.x) < where.count) ahead = LoadVector(a, where.first + threadIdx.x);
+    if (static_cast<int>(threadIdx.x) < where.count)
+      ahead = LoadVector(a, where.first + threadIdx.x);
   };
   auto scatter = [&](uint16_t* to) {
     if (static_cast<int>(threadIdx.x) < where.count) Scatter(ahead, to);

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kThreads)
     // The largest magnitude goes to [2^14, 2^15): exponent field e to 127 + 14.
     const int shift = largest ? min(126, 127 + 14 - static_cast<int>(largest >> 23)) : 0;
     scale = __uint_as_float(static_cast<uint32_t>(127 + shift) << 23);
-    if (threadIdx.x == 0) unscale[token] = __uint_as_float(static_cast<uint32_t>(127 - shift) << 23);
+    if (threadIdx.x == 0)
+      unscale[token] = __uint_as_float(static_cast<uint32_t>(127 - shift) << 23);
   } else if (terms > 1 && threadIdx.x == 0) {
     unscale[token] = 1.0f;
   }
@@ -75,8 +76,7 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   float4 sum = make_float4(0, 0, 0, 0);
   for (int c = first; c <= last; ++c) {
     const int ordinal = strip - static_cast<int>(FirstUnit(a, c) / a.blocks);
-    const float4 p =
-        partial[PartialIndex(a, group, c, min(ordinal, a.slots - 1), warp, n8) + lane];
+    const float4 p = partial[PartialIndex(a, group, c, min(ordinal, a.slots - 1), warp, n8) + lane];
     sum.x += p.x;
     sum.y += p.y;
     sum.z += p.z;
@@ -132,9 +132,8 @@ cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type w
 }
 
 cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap) {
-  const int64_t threads = a.terms > 1
-                              ? int64_t(a.tokens_a_term) * a.strips * a.warps * 16
-                              : int64_t(a.groups) * a.strips * a.warps * (a.group / 8) * 32;
+  const int64_t threads = a.terms > 1 ? int64_t(a.tokens_a_term) * a.strips * a.warps * 16
+                                      : int64_t(a.groups) * a.strips * a.warps * (a.group / 8) * 32;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(CeilDiv(threads, kThreads)));
   config.blockDim = dim3(kThreads);
