@@ -77,7 +77,7 @@ def generate(
     with ThreadPoolExecutor(1) as thread:
         compiling = None
         if max_new_tokens > 1:
-            compiling = thread.submit(programs.compile_decode, weights, B, slots, sampling)
+            compiling = programs.compile(thread, weights, ids, mask, sampling, draws[0], slots)
         cache, token = programs.prefill(weights, ids, mask, sampling, draws[0], slots)
         output.add(token)  # shown while the decode program may still be compiling
         if compiling is not None:
@@ -100,6 +100,7 @@ class _Programs:
 
     def __init__(self, graphdef: Any, treedef: Any, config: OPTConfig, cache_dtype: Any):
         self.config, self.cache_dtype = config, cache_dtype
+        self._compiled: set[tuple] = set()
 
         def step(weights, ids, mask, cache, sampling, uniform):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
@@ -117,12 +118,26 @@ class _Programs:
 
         self.prefill, self.decode = prefill, decode
 
-    def compile_decode(self, weights, rows: int, slots: int, sampling: Sampling | None) -> None:
-        """Fills jit's cache with the decode program; a call finds it there."""
-        cache = jax.eval_shape(lambda: KVCache.create(self.config, rows, slots, self.cache_dtype))
-        token = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        uniform = None if sampling is None else np.zeros(rows, np.float32)
-        self.decode.lower(weights, cache, token, sampling, uniform).compile()
+    def compile(self, thread: ThreadPoolExecutor, weights, ids, mask, sampling, uniform, slots):
+        """Starts compiling decode for these shapes in `thread`; None when that was done before.
+
+        jit's cache is filled as if by a call, and the call finds it there.
+        """
+        shapes = tuple((w.shape, w.dtype) for w in weights)
+        key = shapes, ids.shape, slots, jax.tree.structure(sampling)
+        if key in self._compiled:
+            return None
+        self._compiled.add(key)
+        # Traced before the thread starts: both hold Python's lock, and prefill is wanted first.
+        self.prefill.lower(weights, ids, mask, sampling, uniform, slots)
+
+        def compile_decode():
+            create = functools.partial(KVCache.create, self.config, len(ids), slots)
+            cache = jax.eval_shape(lambda: create(self.cache_dtype))
+            token = jax.ShapeDtypeStruct((len(ids),), jnp.int32)
+            self.decode.lower(weights, cache, token, sampling, uniform).compile()
+
+        return thread.submit(compile_decode)
 
 
 # Keyed by structure, not by model: a model whose weights moved on keeps its compiled programs.

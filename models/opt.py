@@ -324,7 +324,8 @@ def load(
 
     Matrices stored as sparse bitmasks, or of which 30% and more are zero, become
     `jax_flashllm.nn.SparseDense`; q, k and v count as one. A float32 matrix does so only if its
-    values are exact in 16 bits; no value is rounded that `dtype` did not ask to round.
+    values are exact in 16 bits; no value is rounded that `dtype` did not ask to round. bfloat16
+    matrices that meet float32 activations become SparseDense too, full or not: it is faster.
     Memory: the weights once, and one matrix on its way.
     Raises ValueError (CheckpointError among them) for files, configs and tensors that do not fit
     together, naming the tensor.

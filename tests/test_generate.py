@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_opt
+from flax import nnx
 from tiny_opt import quick_compiles  # noqa: F401
 
 from jax_flashllm.models import generate as generation
@@ -199,6 +200,27 @@ def test_the_decode_program_compiled_ahead_is_the_one_that_runs(models, caplog):
     here = [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
     assert any("prefill" in message for message in here)
     assert not any("decode" in message for message in here)
+
+
+def test_tree_mode_generates_the_same(model):
+    expected = generate(model, PROMPT, 8)
+    nnx.set_graph_mode(False)
+    try:
+        np.testing.assert_array_equal(generate(model, PROMPT, 8), expected)
+    finally:
+        nnx.set_graph_mode(True)
+
+
+def test_weights_that_moved_on_are_used(model):
+    before = generate(model, PROMPT, 8, eos_token_id=())
+    bias = model.layers[1].fc2.bias
+    old = bias[...]
+    bias[...] = old + np.linspace(-3, 3, len(old), dtype=np.float32)
+    try:
+        assert not np.array_equal(generate(model, PROMPT, 8, eos_token_id=()), before)
+    finally:
+        bias[...] = old
+    np.testing.assert_array_equal(generate(model, PROMPT, 8, eos_token_id=()), before)
 
 
 def test_the_cache_is_donated(model):

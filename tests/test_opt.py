@@ -232,6 +232,28 @@ def test_an_unusable_dtype_is_refused(tmp_path):
         load(tmp_path, dtype=jnp.int8)
 
 
+def test_loading_takes_little_more_memory_than_the_file(tmp_path, fresh_process):
+    shape = dict(hidden_size=1024, word_embed_proj_dim=1024, ffn_dim=4096, num_hidden_layers=4)
+    config = tiny_opt.config("plain", num_attention_heads=16, vocab_size=5000, **shape)
+    tiny_opt.save(tmp_path, config, tiny_opt.weights(config, np.float16))  # 112 MB, dense
+    source = """
+import os, sys
+import jax.numpy as jnp, numpy as np
+from jax_flashllm import encode
+from jax_flashllm.models import opt
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+encode(np.ones((64, 64), np.float16)), jnp.ones(3).block_until_ready()
+before = status("VmRSS")
+model = opt.load(sys.argv[1])
+print((status("VmHWM") - before) / os.path.getsize(sys.argv[1] + "/model.safetensors"))
+"""
+    assert float(fresh_process(source, str(tmp_path))) < 1.3
+
+
 def test_a_misspelt_path_says_so(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         opt.load(tmp_path / "nowhere")
