@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from jax_flashllm import _flashllm
@@ -16,6 +17,14 @@ def kernels(request):
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
     assert _flashllm.select_cpu_kernels(before)
+
+
+@pytest.fixture
+def quick_compiles():
+    """For tests that compile many tiny programs once each: halves their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from reference import FORMATS, HALVES, assert_product, sparse_matrix
 import jax_flashllm as jf
 from jax_flashllm.linen import SparseDense, variables_from_dense, variables_from_encoded
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 X = np.random.default_rng(0).standard_normal((3, 40), np.float32)
 
 

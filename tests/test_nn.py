@@ -15,6 +15,7 @@ from reference import FORMATS, HALVES, assert_product, sparse_matrix
 import jax_flashllm as jf
 from jax_flashllm.nn import SparseDense, SparseIndex, restore, sparsify
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 BF16 = ml_dtypes.bfloat16
 
 

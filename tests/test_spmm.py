@@ -293,6 +293,8 @@ def test_weights_may_be_constants_arguments_or_closed_over():
 
 # ---- derivatives ----
 
+quick = pytest.mark.usefixtures("quick_compiles")
+
 
 def dense_layer(D, x, bias, activation):
     """The same function of a dense float32 D, for JAX to differentiate."""
@@ -315,6 +317,7 @@ GRADIENT_CASES = [
 ]
 
 
+@quick
 @pytest.mark.parametrize(("format", "dtype", "activation", "with_bias"), GRADIENT_CASES)
 def test_derivatives_are_those_of_the_dense_product(format, dtype, activation, with_bias):
     w, dense = some(33, 70, format, dtype, shards=2)
@@ -359,6 +362,7 @@ def test_derivatives_are_those_of_the_dense_product(format, dtype, activation, w
     close(dy, edy)
 
 
+@quick
 @pytest.mark.parametrize("x_dtype", HALVES)
 def test_derivatives_in_16_bit_x(x_dtype):
     w, dense = some(33, 70, "bitmap", x_dtype)
@@ -376,6 +380,7 @@ def test_derivatives_in_16_bit_x(x_dtype):
     close(w.with_values(dv).to_dense(), eD * (dense != 0), x_dtype)
 
 
+@quick
 @pytest.mark.parametrize("format", FORMATS)
 def test_second_derivatives(format):
     w, dense = some(12, 20, format)
@@ -394,6 +399,7 @@ def test_second_derivatives(format):
         close(g, e)
 
 
+@quick
 @pytest.mark.parametrize("format", FORMATS)
 def test_gradient_in_the_weight_has_its_structure(format):
     w, _ = some(17, 65, format)
@@ -407,6 +413,7 @@ def test_gradient_in_the_weight_has_its_structure(format):
     np.testing.assert_array_equal(bits(g.values), bits(by_values))
 
 
+@quick
 @pytest.mark.parametrize("format", FORMATS)
 def test_vmap_of_grad_and_grad_of_vmap(format):
     dense = [sparse_matrix((17, 65), np.float16, 0.4, i) for i in range(3)]
@@ -437,6 +444,7 @@ def test_linear_transpose():
         relu(y_bar)
 
 
+@quick
 @pytest.mark.parametrize("format", FORMATS)
 def test_decode_is_differentiable(format):
     w, dense = some(33, 70, format, shards=2)
