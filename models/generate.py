@@ -188,7 +188,13 @@ def _check_prompt(
     config: OPTConfig, input_ids: Any, attention_mask: Any, max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """ids and mask, int32 [B, T], without columns that are pads in every row."""
-    ids = np.asarray(input_ids)
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError as error:
+        raise ValueError(
+            "generate: rows of input_ids differ in length; pad the shorter ones on the left and "
+            "pass an attention_mask with zeros there."
+        ) from error
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim == 2 and ids.size == 0:
         raise ValueError(

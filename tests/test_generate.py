@@ -250,6 +250,7 @@ def test_buckets(n, least, steps, expected):
         (dict(input_ids=np.zeros((2, 0), int)), "prompt is empty"),
         (dict(input_ids=[[1.5]]), r"float64 \(1, 1\)"),
         (dict(input_ids=[[[1]]]), r"\(1, 1, 1\)"),
+        (dict(input_ids=[[1, 2], [3]]), "differ in length; pad"),
         (dict(input_ids=[3, 61]), r"input_ids\[0, 1\] is 61.*vocabulary of 61"),
         (dict(input_ids=[3, -1]), r"input_ids\[0, 1\] is -1"),
         (dict(max_new_tokens=0), "max_new_tokens is 0"),
