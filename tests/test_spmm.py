@@ -180,24 +180,33 @@ def test_vmap(format):
         for i in range(B):
             assert_product(y[i], pick_x(i), pick_w(i), pick_b(i), activation)
 
-    # x in front, x in the middle, x in front with results in the middle
-    y = jax.vmap(jf.spmm, (None, 0))(one, x)
-    expect(y, lambda i: dense[0], lambda i: x[i], lambda i: None)
-    y = jax.vmap(jf.spmm, (None, 1))(one, x)
-    assert_product(y, x.swapaxes(0, 1), dense[0])
-    y = jax.vmap(jf.spmm, (None, 2), 1)(one, np.moveaxis(x, 0, 2))
-    assert_product(y, x.swapaxes(0, 1), dense[0])
-    y = jax.vmap(jf.spmm, (0, None))(w, x[0])
-    expect(y, lambda i: dense[i], lambda i: x[0], lambda i: None)
-    y = jax.vmap(jf.spmm)(w, x)
-    expect(y, lambda i: dense[i], lambda i: x[i], lambda i: None)
-    gelu = lambda w, x, b: jf.spmm(w, x, b, "gelu")  # noqa: E731
-    y = jax.jit(jax.vmap(gelu))(w, x, biases)
-    expect(y, lambda i: dense[i], lambda i: x[i], lambda i: biases[i], "gelu")
-    y = jax.vmap(gelu, (None, None, 0))(one, x[0], biases)
-    expect(y, lambda i: dense[0], lambda i: x[0], lambda i: biases[i], "gelu")
-    y = jax.vmap(gelu, (None, 0, None))(one, x, biases[0])
-    expect(y, lambda i: dense[0], lambda i: x[i], lambda i: biases[0], "gelu")
+    def gelu(w, x, bias):
+        return jf.spmm(w, x, bias, "gelu")
+
+    @jax.jit
+    def every_vmap(one, w, x, biases):
+        return {
+            "x in front": jax.vmap(jf.spmm, (None, 0))(one, x),
+            "x in the middle": jax.vmap(jf.spmm, (None, 1))(one, x),
+            "x and y at the end": jax.vmap(jf.spmm, (None, 2), 1)(one, jnp.moveaxis(x, 0, 2)),
+            "w": jax.vmap(jf.spmm, (0, None))(w, x[0]),
+            "w and x": jax.vmap(jf.spmm)(w, x),
+            "all": jax.vmap(gelu)(w, x, biases),
+            "bias": jax.vmap(gelu, (None, None, 0))(one, x[0], biases),
+            "x beside bias": jax.vmap(gelu, (None, 0, None))(one, x, biases[0]),
+        }
+
+    y = every_vmap(one, w, x, biases)
+    expect(y["x in front"], lambda i: dense[0], lambda i: x[i], lambda i: None)
+    assert_product(y["x in the middle"], x.swapaxes(0, 1), dense[0])
+    assert_product(y["x and y at the end"], x.swapaxes(0, 1), dense[0])
+    expect(y["w"], lambda i: dense[i], lambda i: x[0], lambda i: None)
+    expect(y["w and x"], lambda i: dense[i], lambda i: x[i], lambda i: None)
+    expect(y["all"], lambda i: dense[i], lambda i: x[i], lambda i: biases[i], "gelu")
+    expect(y["bias"], lambda i: dense[0], lambda i: x[0], lambda i: biases[i], "gelu")
+    expect(y["x beside bias"], lambda i: dense[0], lambda i: x[i], lambda i: biases[0], "gelu")
+    # And without jit.
+    assert_product(jax.vmap(jf.spmm, (None, 1))(one, x), x.swapaxes(0, 1), dense[0])
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -205,13 +214,21 @@ def test_nested_vmap(format):
     dense = [sparse_matrix((17, 65), np.float16, 0.4, i) for i in range(3)]
     w = jf.stack([jf.encode(d, format) for d in dense])
     x = tokens(2, 4, 65)
-    every_w_every_x = jax.vmap(jax.vmap(jf.spmm, (None, 0)), (0, None))(w, x)
-    every_x_every_w = jax.vmap(jax.vmap(jf.spmm, (0, None)), (None, 0))(w, x)
+
+    @jax.jit
+    def every_nest(w, x):
+        one = jax.tree.map(lambda a: a[0], w)
+        return (
+            jax.vmap(jax.vmap(jf.spmm, (None, 0)), (0, None))(w, x),
+            jax.vmap(jax.vmap(jf.spmm, (0, None)), (None, 0))(w, x),
+            jax.vmap(jax.vmap(jf.spmm, (None, 0)), (None, 1))(one, x),
+        )
+
+    every_w_every_x, every_x_every_w, twice = every_nest(w, x)
     assert every_w_every_x.shape == (3, 2, 4, 17)
     for i, j in itertools.product(range(3), range(2)):
         assert_product(every_w_every_x[i, j], x[j], dense[i])
         assert_product(every_x_every_w[j, i], x[j], dense[i])
-    twice = jax.vmap(jax.vmap(jf.spmm, (None, 0)), (None, 1))(jax.tree.map(lambda a: a[0], w), x)
     assert_product(twice, x.swapaxes(0, 1), dense[0])
 
 
@@ -239,7 +256,8 @@ def test_scan_over_stacked_weights(format):
             y, _ = jax.lax.scan(jax.checkpoint(step), x, w_)
         return (y**2).sum()
 
-    looped, scanned = (jax.grad(loss)(w.values, loop) for loop in (True, False))
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    looped, scanned = (gradient(w.values, loop) for loop in (True, False))
     np.testing.assert_allclose(
         scanned.astype(np.float32), looped.astype(np.float32), rtol=1e-3, atol=1e-5
     )
@@ -335,8 +353,8 @@ def test_derivatives_are_those_of_the_dense_product(format, dtype, activation, w
     wrt = (0, 1, 2) if with_bias else (0, 1)
     # Reverse mode, in all at once.
     value, got = jax.jit(jax.value_and_grad(loss(sparse), wrt))(w.values, x, bias)
-    expected_value, expected = jax.value_and_grad(
-        loss(lambda D, x, b: dense_layer(D, x, b, activation)), wrt
+    expected_value, expected = jax.jit(
+        jax.value_and_grad(loss(lambda D, x, b: dense_layer(D, x, b, activation)), wrt)
     )(D, x, bias)
     close(value, expected_value)
     assert got[0].dtype == dtype
@@ -357,7 +375,9 @@ def test_derivatives_are_those_of_the_dense_product(format, dtype, activation, w
         dw.values, *tangents
     )
     dense_f = partial(lambda D, x, b: dense_layer(D, x, b, activation))
-    ey, edy = jax.jvp(dense_f, (D, *primals), (dD.astype(jnp.float32), *tangents))
+    ey, edy = jax.jit(lambda *a: jax.jvp(dense_f, (D, *primals), a))(
+        dD.astype(jnp.float32), *tangents
+    )
     close(y, ey)
     close(dy, edy)
 
@@ -371,7 +391,7 @@ def test_derivatives_in_16_bit_x(x_dtype):
     def loss(values, x):
         return (jf.spmm(w.with_values(values), x, activation="relu") * c).sum()
 
-    dv, dx = jax.grad(loss, (0, 1))(w.values, x)
+    dv, dx = jax.jit(jax.grad(loss, (0, 1)))(w.values, x)
     assert (dv.dtype, dx.dtype) == (x_dtype, x_dtype)
     eD, ex = jax.grad(lambda D, x: (dense_layer(D, x, None, "relu") * c).sum(), (0, 1))(
         jnp.asarray(dense.astype(np.float32)), x.astype(np.float32)
@@ -393,8 +413,8 @@ def test_second_derivatives(format):
         reverse_over_forward = jax.grad(lambda x: jax.jvp(f, (x,), (v,))[1])(x)
         return forward_over_reverse, reverse_over_reverse, reverse_over_forward
 
-    got = hvps(lambda x: jf.spmm(w, x, activation="gelu"))
-    expected = hvps(lambda x: dense_layer(D, x, None, "gelu"))
+    got = jax.jit(lambda: hvps(lambda x: jf.spmm(w, x, activation="gelu")))()
+    expected = jax.jit(lambda: hvps(lambda x: dense_layer(D, x, None, "gelu")))()
     for g, e in zip(got, expected, strict=True):
         close(g, e)
 
@@ -420,11 +440,13 @@ def test_vmap_of_grad_and_grad_of_vmap(format):
     w = jf.stack([jf.encode(d, format) for d in dense])
     x = tokens(3, 4, 65)
     loss = lambda w, x: (jf.spmm(w, x) ** 2).sum()  # noqa: E731
-    by_x = jax.vmap(jax.grad(loss, 1))(w, x)
-    together = jax.grad(lambda x: jax.vmap(loss)(w, x).sum())(x)
-    by_values = jax.vmap(jax.grad(lambda v, w, x: loss(w.with_values(v), x)), (0, 0, 0))(
-        w.values, w, x
-    )
+    by_x, together, by_values = jax.jit(
+        lambda w, x: (
+            jax.vmap(jax.grad(loss, 1))(w, x),
+            jax.grad(lambda x: jax.vmap(loss)(w, x).sum())(x),
+            jax.vmap(jax.grad(lambda v, w, x: loss(w.with_values(v), x)))(w.values, w, x),
+        )
+    )(w, x)
     for i in range(3):
         D = dense[i].astype(np.float64)
         y_bar = 2 * dense_product(x[i], D)
