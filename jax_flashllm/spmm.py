@@ -92,6 +92,12 @@ def _check_weight(op: str, w) -> None:
             f"{op}: w must be an encoded weight, got {type(w).__name__}; make one with "
             "jax_flashllm.encode"
         )
+    if not all(hasattr(b, "dtype") for b in (*w.buffers, w.values)):
+        raise TypeError(f"{op}: w has leaves that are no arrays: {w!r}; make it with encode")
+    if w.offsets.dtype == jax.dtypes.float0:
+        raise TypeError(
+            f"{op}: w is a gradient, without indices; take its values: w.with_values(grad.values)"
+        )
     if w.values.ndim != 2:
         raise ValueError(
             f"{op}: w is stacked, with values {list(w.values.shape)}; use jax.vmap or lax.scan"

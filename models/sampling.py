@@ -53,7 +53,8 @@ class Sampling:
         if temperature == 0:
             return None
         return cls(
-            np.float32(temperature),
+            # Colder could be 0 in float32 or make logits infinite; this is greedy already.
+            np.float32(max(temperature, 1e-30)),
             None if top_p is None or top_p == 1 else np.float32(top_p),
             None if min_p is None or min_p == 0 else np.float32(min_p),
             None if top_k is None else np.int32(min(top_k, 2**31 - 1)),

@@ -269,3 +269,13 @@ def test_matmul_points_to_spmm():
     for product in [lambda: x @ w, lambda: w @ x, lambda: jnp.asarray(x) @ w]:
         with pytest.raises(TypeError, match=r"jax_flashllm.spmm\(w, x\)"):
             product()
+
+
+def test_a_weight_without_indices_is_refused_in_words():
+    w = jf.encode(np.eye(4, dtype=np.float16))
+    x = np.ones((2, 4), np.float32)
+    grad = jax.grad(lambda w: jf.spmm(w, x).sum(), allow_int=True)(w)
+    with pytest.raises(TypeError, match="w is a gradient, without indices"):
+        jf.spmm(grad, x)
+    with pytest.raises(TypeError, match="leaves that are no arrays"):
+        jf.spmm(w.with_values(None), x)

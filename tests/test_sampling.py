@@ -105,6 +105,13 @@ def test_temperature_0_is_greedy_whatever_the_filters():
     assert Sampling.create(0, top_k=3, top_p=0.5, min_p=0.1) is None
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-20])
+def test_temperature_near_0_is_greedy(temperature):
+    logits = jnp.array([[1.0, 30.0, 29.0, -5.0], [-3.0, -4.0, -2.5, -9.0]])
+    cold = Sampling.create(temperature, top_p=0.9)
+    assert sampling.sample(logits, cold, jnp.array([0.5, 0.99])).tolist() == [1, 2]
+
+
 def test_filters_that_keep_all_are_left_out():
     s = Sampling.create(1.0, top_p=1.0, min_p=0.0)
     assert (s.top_k, s.top_p, s.min_p) == (None, None, None)

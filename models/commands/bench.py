@@ -48,6 +48,12 @@ def run(args: argparse.Namespace) -> None:
     from jax_flashllm.models.densify import densify, sparse_share
 
     model = opt.load(path, args.dtype)
+    context = model.config.max_position_embeddings
+    if args.prompt_tokens + args.tokens > context:  # before a prompt of that size is made
+        raise ValueError(
+            f"--prompt-tokens {args.prompt_tokens} and --tokens {args.tokens} exceed the model's "
+            f"context of {context}; ask for fewer"
+        )
     share = sparse_share(model)
     models: dict[str, OPT] = {}
     if share is not None:

@@ -57,11 +57,15 @@ def model_path(name: str) -> Path:
     """The directory that `--model` names. Raises ValueError when there is none."""
     if name == "demo":
         return DEMO
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~ of a user that is not there, or of one without a home
+        path = Path(name)
+    if not name or not path.is_dir():
+        what = "is a file" if name and path.exists() else "does not exist"
         raise ValueError(
-            f"model {name} {what}; pass the directory of a downloaded OPT checkpoint, or 'demo'"
+            f"model {name or repr(name)} {what}; pass the directory of a downloaded OPT "
+            "checkpoint, or 'demo'"
         )
     return path
 

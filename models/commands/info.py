@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    path = common.model_path(args.option or args.model or "demo")
+    named = args.model if args.option is None else args.option
+    path = common.model_path("demo" if named is None else named)
     from jax_flashllm.models.checkpoint import open_checkpoint
     from jax_flashllm.models.config import OPTConfig
 
