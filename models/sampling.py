@@ -100,7 +100,7 @@ def apply_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     running sum is at most 1 - p.
     """
     # Bisection finds where that sum passes 1 - p in some fifty sweeps over the row. On a CPU that
-    # is a fifth of a millisecond for 50272 tokens, where XLA's sort with indices takes twelve.
+    # is 0.6 ms for 50272 tokens, where XLA's sort with indices takes 12.
     probabilities = jax.nn.softmax(logits, axis=-1)
     bits = lax.bitcast_convert_type(probabilities, jnp.uint32)  # in the order of their floats
     index = lax.broadcasted_iota(jnp.uint32, logits.shape, logits.ndim - 1)
