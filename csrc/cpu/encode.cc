@@ -205,35 +205,43 @@ void FillTiledCsl(const DenseView& w, const uint32_t* offsets, int64_t capacity,
   const Dims d(ShardRows(w), w.cols);
   ParallelChunks(w.shards * d.bands * d.tiles, [&](int64_t begin, int64_t end) {
     alignas(64) uint16_t patch[kTileWeights];
-    uint16_t queue[32][kTileWeights / 32];  // positions, by the bank they store to
+    // Value and position, by the bank they store to.
+    alignas(64) uint32_t queue[32][kTileWeights / 32 + 2];
     for (int64_t index = begin; index < end; ++index) {
       const Block b = CslTile(w, d, index);
       LoadPatch(w, b.row0, b.row_end, b.col0, kTileRows, kTileCols, patch);
       int size[32] = {};
-      int empty = -1;
       for (int r = 0; r < kTileRows; ++r)
-        for (int c = 0; c < kTileCols; ++c) {
-          const int position = Position(r, c);
+        for (int c = 0; c < kTileCols; c += 2) {  // a pair shares its bank
+          uint32_t pair;
+          std::memcpy(&pair, patch + r * kTileCols + c, sizeof pair);
+          const uint32_t position = Position(r, c);
           const int bank = Bank(position);
-          if (patch[r * kTileCols + c]) {
-            queue[bank][size[bank]++] = static_cast<uint16_t>(position);
-          } else if (empty < 0) {
-            empty = position;
-          }
+          uint32_t* q = queue[bank] + size[bank];  // store always, advance if kept
+          const int first = (pair & 0xffff) != 0, second = pair >> 16 != 0;
+          q[0] = pair << 16 | position;
+          q[first] = (pair & 0xffff0000u) | (position + 1);
+          size[bank] += first + second;
         }
       const uint32_t* offset = offsets + b.shard * d.offsets() + b.band * d.tiles + b.block;
       const int64_t first = b.shard * capacity + static_cast<int64_t>(offset[0]) * kVector;
       const int64_t room = static_cast<int64_t>(offset[1] - offset[0]) * kVector;
-      int longest = *std::max_element(size, size + 32);
       int64_t n = 0;
-      for (int round = 0; round < longest; ++round)
+      auto emit = [&](uint32_t entry) {
+        positions[first + n] = static_cast<uint16_t>(entry);
+        values[first + n] = static_cast<uint16_t>(entry >> 16);
+        ++n;
+      };
+      // Rounds that every bank has an entry for, then those that only some have.
+      const auto [shortest, longest] = std::minmax_element(size, size + 32);
+      for (int round = 0; round < *shortest; ++round)
+        for (int bank = 0; bank < 32; ++bank) emit(queue[bank][round]);
+      for (int round = *shortest; round < *longest; ++round)
         for (int bank = 0; bank < 32; ++bank)
-          if (round < size[bank]) {
-            const uint16_t position = queue[bank][round];
-            positions[first + n] = position;
-            values[first + n] = patch[PositionRow(position) * kTileCols + PositionCol(position)];
-            ++n;
-          }
+          if (round < size[bank]) emit(queue[bank][round]);
+      if (n == room) continue;
+      int empty = 0;  // a tile with room left has a zero
+      while (patch[PositionRow(empty) * kTileCols + PositionCol(empty)]) ++empty;
       for (; n < room; ++n) {
         positions[first + n] = static_cast<uint16_t>(kPadding | empty);
         values[first + n] = 0;

@@ -1,6 +1,7 @@
 """Encoded weights: `encode` and the two formats it writes."""
 
 import dataclasses
+import warnings
 from typing import Literal
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax_flashllm import _flashllm
 from jax_flashllm.formats.bitmap import Bitmap
 from jax_flashllm.formats.tiled_csl import PADDING, TiledCSL
-from jax_flashllm.formats.weight import SparseWeight, check_dense, words
+from jax_flashllm.formats.weight import HALF_DTYPES, SparseWeight, check_dense, words
 
 __all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
 
@@ -32,9 +33,13 @@ def encode(
     format: "auto" takes the smaller of the two.
     shards: row blocks S, so that the result can be sharded over S devices.
 
+    -0.0 is stored, as its bits are not all zero. `w * mask` makes many: where more than one weight
+    in a hundred is -0.0, a UserWarning says so. `jnp.where(mask, w, 0)` and `w + 0` make none.
+
     Returns a `Bitmap` or a `TiledCSL`. Raises TypeError for other dtypes and under tracing,
     ValueError for other ranks, empty matrices, or `shards` out of range.
     """
+    _warn_of_negative_zeros(dense)
     # jnp.asarray would compile a program for every new shape; device_put compiles none.
     return jax.device_put(encode_on_host(dense, format, shards))
 
@@ -57,6 +62,19 @@ def encode_on_host(
     index, offsets, values = encoder(bits, int(shards))
     m, k = host.shape
     return cls(offsets, values.view(host.dtype), (m, k), index)
+
+
+def _warn_of_negative_zeros(dense: np.ndarray | jax.Array) -> None:
+    bits = np.asarray(dense)
+    if bits.dtype not in HALF_DTYPES or not bits.size:
+        return
+    share = np.count_nonzero(words(bits) == 0x8000) / bits.size
+    if share > 0.01:
+        warnings.warn(
+            f"encode: {share:.0%} of the weights are -0.0, which is stored like a nonzero; if they "
+            "were pruned by w * mask, prune with jnp.where(mask, w, 0), or encode w + 0",
+            stacklevel=3,
+        )
 
 
 def smaller_format(density: float) -> Literal["bitmap", "tiled_csl"]:
