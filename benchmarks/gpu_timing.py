@@ -138,7 +138,7 @@ def random_weight(m, k, sparsity, dtype, seed=0):
     g = torch.Generator("cuda").manual_seed(seed)
     dense = torch.randn(m, k, device="cuda", generator=g).to(dtype)
     keep = torch.rand(m, k, device="cuda", generator=g) >= sparsity
-    return dense * keep
+    return torch.where(keep, dense, torch.zeros_like(dense))  # a product would leave -0.0
 
 
 def plan_for(w: Weight, n: int, token_dtype, warps: int = 16):
