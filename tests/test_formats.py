@@ -51,6 +51,7 @@ def matrices(draw):
     return words.view(draw(st.sampled_from(HALVES)))
 
 
+@pytest.mark.filterwarnings("ignore:.*-0.0")
 @settings(max_examples=80, deadline=None)
 @given(matrices(), st.sampled_from([*FORMATS, "auto"]), st.integers(1, 5))
 def test_round_trip_keeps_every_bit(dense, format, shards):
@@ -78,6 +79,17 @@ def test_one_full_tile_among_empty_ones(format, dtype):
         np.testing.assert_array_equal(jf.decode(w), dense)
 
 
+def test_negative_zeros_are_kept_with_a_warning():
+    w = sparse_matrix((64, 64), np.float16, 1.0)
+    mask = sparse_matrix((64, 64), np.float16, 0.5, seed=1) != 0
+    with pytest.warns(UserWarning, match=r"encode: \d+% of the weights are -0\.0"):
+        encoded = jf.encode(w * mask)
+    assert encoded.nnz > 1.3 * mask.sum()
+    assert jf.encode(np.where(mask, w, np.float16(0))).nnz == mask.sum()
+    assert jf.encode(w * mask + np.float16(0)).nnz == mask.sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*-0.0")
 @pytest.mark.parametrize("format", FORMATS)
 def test_decode_gives_the_bits_of_to_dense(format):
     dense = np.resize(SPECIAL, (37, 133)) * (np.arange(37 * 133).reshape(37, 133) % 3 > 0)
@@ -279,3 +291,12 @@ def test_a_weight_without_indices_is_refused_in_words():
         jf.spmm(grad, x)
     with pytest.raises(TypeError, match="leaves that are no arrays"):
         jf.spmm(w.with_values(None), x)
+
+
+def test_many_negative_zeros_are_warned_of():
+    w = np.full((20, 64), 1.5, np.float16)
+    w[:2] *= np.float16(0)
+    jf.encode(w)
+    w[:2] *= -1
+    with pytest.warns(UserWarning, match=r"10% of the weights are -0\.0"):
+        assert jf.encode(w).nnz == w.size

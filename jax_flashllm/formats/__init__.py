@@ -11,7 +11,7 @@ import numpy as np
 from jax_flashllm import _flashllm
 from jax_flashllm.formats.bitmap import Bitmap
 from jax_flashllm.formats.tiled_csl import PADDING, TiledCSL
-from jax_flashllm.formats.weight import HALF_DTYPES, SparseWeight, check_dense, words
+from jax_flashllm.formats.weight import SparseWeight, check_dense, words
 
 __all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
 
@@ -39,9 +39,10 @@ def encode(
     Returns a `Bitmap` or a `TiledCSL`. Raises TypeError for other dtypes and under tracing,
     ValueError for other ranks, empty matrices, or `shards` out of range.
     """
+    encoded = encode_on_host(dense, format, shards)  # first: it checks what `dense` is
     _warn_of_negative_zeros(dense)
     # jnp.asarray would compile a program for every new shape; device_put compiles none.
-    return jax.device_put(encode_on_host(dense, format, shards))
+    return jax.device_put(encoded)
 
 
 def encode_on_host(
@@ -65,10 +66,7 @@ def encode_on_host(
 
 
 def _warn_of_negative_zeros(dense: np.ndarray | jax.Array) -> None:
-    bits = np.asarray(dense)
-    if bits.dtype not in HALF_DTYPES or not bits.size:
-        return
-    share = np.count_nonzero(words(bits) == 0x8000) / bits.size
+    share = np.count_nonzero(words(dense) == 0x8000) / dense.size
     if share > 0.01:
         warnings.warn(
             f"encode: {share:.0%} of the weights are -0.0, which is stored like a nonzero; if they "
