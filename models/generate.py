@@ -24,6 +24,8 @@ from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.opt import OPT
 from jax_flashllm.models.sampling import Sampling, row_uniforms, sample
 
+NAN_LOGITS = -1  # in the place of a token
+
 
 def generate(
     model: OPT,
@@ -54,7 +56,8 @@ def generate(
     Returns int32 [B, N], N <= max_new_tokens: the new tokens up to where the last row ended. A row
     includes the end token or stop sequence that ended it and then holds the config's pad_token_id
     (0 if it has none); `on_token` sees the same.
-    Raises ValueError, before any work, for arguments that cannot be served.
+    Raises ValueError, before any work, for arguments that cannot be served, and where logits are
+    NaN.
     """
     config = model.config
     ids, mask = _check_prompt(config, input_ids, attention_mask, max_new_tokens)
@@ -105,7 +108,9 @@ class _Programs:
         def step(weights, ids, mask, cache, sampling, uniform):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
             logits, cache = model(ids, mask, cache, last_only=True)
-            return cache, sample(logits[:, 0], sampling, uniform)
+            logits = logits[:, 0]
+            damaged = jnp.isnan(logits).any(axis=1)
+            return cache, jnp.where(damaged, NAN_LOGITS, sample(logits, sampling, uniform))
 
         @functools.partial(jax.jit, static_argnames="slots")
         def prefill(weights, ids, mask, sampling, uniform, slots):
@@ -167,7 +172,13 @@ class _Output:
     def add(self, token: jax.Array) -> None:
         """Appends the step's tokens [B] to the rows still open; waits for the device."""
         column = self.tokens[:, self.length]
-        column[self.open] = np.asarray(token)[self.open]
+        token = np.asarray(token)
+        if (token[self.open] == NAN_LOGITS).any():
+            raise ValueError(
+                f"generate: the logits of step {self.length} are NaN; the checkpoint holds NaN or "
+                "Inf, or overflows in the model's dtype: look at its weights, or try float32."
+            )
+        column[self.open] = token[self.open]
         self.length += 1
         for end in self.ends:
             if len(end) <= self.length:

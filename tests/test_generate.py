@@ -279,3 +279,15 @@ def test_buckets(n, least, steps, expected):
 def test_errors_say_what_to_do(model, arguments, words):
     with pytest.raises(ValueError, match=words):
         generate(**({"model": model, "input_ids": PROMPT, "max_new_tokens": 3} | arguments))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_nan_logits_are_an_error_not_a_token(model, temperature):
+    bias = model.layers[1].fc2.bias
+    old = bias[...]
+    bias[...] = old.at[3].set(np.nan)
+    try:
+        with pytest.raises(ValueError, match="logits of step 0 are NaN"):
+            generate(model, PROMPT, 4, temperature=temperature)
+    finally:
+        bias[...] = old

@@ -65,16 +65,6 @@ def encode_on_host(
     return cls(offsets, values.view(host.dtype), (m, k), index)
 
 
-def _warn_of_negative_zeros(dense: np.ndarray | jax.Array) -> None:
-    share = np.count_nonzero(words(dense) == 0x8000) / dense.size
-    if share > 0.01:
-        warnings.warn(
-            f"encode: {share:.0%} of the weights are -0.0, which is stored like a nonzero; if they "
-            "were pruned by w * mask, prune with jnp.where(mask, w, 0), or encode w + 0",
-            stacklevel=3,
-        )
-
-
 def smaller_format(density: float) -> Literal["bitmap", "tiled_csl"]:
     return "bitmap" if density >= _CROSSOVER_DENSITY else "tiled_csl"
 
