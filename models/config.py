@@ -99,8 +99,13 @@ class OPTConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def embed_dim(self) -> int:
+        """E, the width of the token embedding."""
+        return self.hidden_size if self.word_embed_proj_dim is None else self.word_embed_proj_dim
+
+    @property
     def has_projections(self) -> bool:
-        return self.word_embed_proj_dim != self.hidden_size
+        return self.embed_dim != self.hidden_size
 
     @property
     def has_final_layer_norm(self) -> bool:

@@ -269,7 +269,7 @@ def _check_cache_dtype(dtype: Any) -> np.dtype:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found not in (jnp.float16, jnp.bfloat16, jnp.float32):
+    if found is None or found not in (jnp.float16, jnp.bfloat16, jnp.float32):
         raise ValueError(
             f"generate: cache_dtype is {found or repr(dtype)}; choose float16, bfloat16 or float32."
         )

@@ -9,7 +9,7 @@ vocabulary. Zhang et al., OPT: Open Pre-trained Transformer Language Models (202
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,22 @@ LAYER_NORM_EPSILON = 1e-5
 WIDEN_AT_ONCE = 1 << 20
 
 
-class Initializer:
-    """Makes the parts of a model with Hugging Face's initial values: normal, zero bias.
+Implementation = Literal["xla", "cudnn"] | None  # of attention, as jax.nn.dot_product_attention
 
-    `OPT` asks for every part by its name in a checkpoint, so another maker can read it from one.
-    """
+
+class Maker(Protocol):
+    """Makes the parts of a model. `OPT` asks for each by its name in a checkpoint."""
+
+    def linear(self, names: list[str], in_features: int, out_features: int, bias: bool) -> Any:
+        """One layer for `names`, whose outputs, `out_features` in all, lie side by side."""
+
+    def embed(self, name: str, rows: int, features: int) -> Any: ...
+
+    def norm(self, name: str, features: int) -> Any: ...
+
+
+class Initializer:
+    """A maker of Hugging Face's initial values: normal(init_std), zero bias."""
 
     def __init__(self, config: OPTConfig, rngs: nnx.Rngs, dtype, param_dtype):
         self.normal = jax.nn.initializers.normal(config.init_std)
@@ -39,7 +50,6 @@ class Initializer:
         self.kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
     def linear(self, names: list[str], in_features: int, out_features: int, bias: bool):
-        """One layer for `names`, whose outputs, `out_features` in all, lie side by side."""
         return nnx.Linear(
             in_features, out_features, use_bias=bias, kernel_init=self.normal, **self.kwargs
         )
@@ -123,7 +133,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 class Attention(nnx.Module):
     """Causal self-attention; q, k and v come from one [3H, H] product."""
 
-    def __init__(self, config: OPTConfig, make: Initializer, name: str):
+    def __init__(self, config: OPTConfig, make: Maker, name: str):
         H, bias = config.hidden_size, config.enable_bias
         self.num_heads = config.num_attention_heads
         self.qkv_proj = make.linear([f"{name}.{x}_proj" for x in "qkv"], H, 3 * H, bias)
@@ -133,7 +143,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         mask: jax.Array | None,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ):
@@ -165,7 +175,7 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: OPTConfig, make: Initializer, name: str):
+    def __init__(self, config: OPTConfig, make: Maker, name: str):
         H, F, bias = config.hidden_size, config.ffn_dim, config.enable_bias
         self.pre_norm = config.do_layer_norm_before
         self.activation = config.activation_function
@@ -202,8 +212,8 @@ class OPT(nnx.Module):
         rngs: nnx.Rngs | None = None,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
-        attention_implementation: str | None = None,
-        make: Initializer | None = None,
+        attention_implementation: Implementation = None,
+        make: Maker | None = None,
     ):
         if make is None:
             if rngs is None:
@@ -212,7 +222,7 @@ class OPT(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.attention_implementation = attention_implementation
-        H, E, V = config.hidden_size, config.word_embed_proj_dim, config.vocab_size
+        H, E, V = config.hidden_size, config.embed_dim, config.vocab_size
         rows = config.max_position_embeddings + POSITION_OFFSET
         self.embed_tokens = make.embed("embed_tokens", V, E)
         self.embed_positions = make.embed("embed_positions", rows, H)
@@ -313,7 +323,7 @@ class OPT(nnx.Module):
 
 
 def load(
-    path: str | os.PathLike, dtype: Any = None, attention_implementation: str | None = None
+    path: str | os.PathLike, dtype: Any = None, attention_implementation: Implementation = None
 ) -> OPT:
     """The model of a Hugging Face OPT directory: dense, dense with zeros, or packed by us.
 

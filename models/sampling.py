@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 
 @jax.tree_util.register_dataclass
@@ -62,11 +63,14 @@ class Sampling:
 
 
 def _check(name: str, value: Any, least: float, most: float, wanted: str, integer=False) -> None:
-    if value is None and name != "temperature":
-        return
     kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-    number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not number or not least <= value <= most or math.isinf(value):
+    if value is None:
+        valid = name != "temperature"
+    elif isinstance(value, kinds) and not isinstance(value, bool):
+        valid = least <= value <= most and value < math.inf
+    else:
+        valid = False
+    if not valid:
         raise ValueError(f"sampling: {name} is {value!r}; it is {wanted}.")
 
 
@@ -75,12 +79,12 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def apply_temperature(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+def apply_temperature(logits: jax.Array, temperature: ArrayLike) -> jax.Array:
     """logits / temperature."""
     return logits / temperature
 
 
-def apply_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+def apply_top_k(logits: jax.Array, k: ArrayLike) -> jax.Array:
     """Keeps the k largest logits and all that equal the k-th; k past V keeps all."""
     # By bisection, as below: of a top_k whose indices or values go unused XLA makes a full sort.
     bits = lax.bitcast_convert_type(logits, jnp.uint32)
@@ -93,7 +97,7 @@ def apply_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.where(logits < kth, -jnp.inf, logits)
 
 
-def apply_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+def apply_top_p(logits: jax.Array, p: ArrayLike) -> jax.Array:
     """Keeps the smallest set of likeliest tokens whose probabilities reach p; at least one.
 
     In rising order of probability, and of index among equals, tokens are dropped while their
@@ -139,7 +143,7 @@ def _first(test: Callable[[jax.Array], jax.Array], most: int, like: jax.Array) -
     return lax.fori_loop(0, most.bit_length(), halve, (low, jnp.full_like(low, np.uint32(most))))[1]
 
 
-def apply_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+def apply_min_p(logits: jax.Array, p: ArrayLike) -> jax.Array:
     """Keeps tokens at least p times as likely as the likeliest."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     dropped = probabilities < p * jnp.max(probabilities, axis=-1, keepdims=True)
@@ -187,6 +191,8 @@ def sample(
     """
     if sampling is None:
         return greedy(logits)
+    if uniform is None:
+        raise ValueError("sample: pass uniform, a number in [0, 1) for each row of logits.")
     probabilities = jax.nn.softmax(filter_logits(logits, sampling), axis=-1)
     index = lax.broadcasted_iota(jnp.uint32, logits.shape, 1)
 

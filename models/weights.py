@@ -18,7 +18,7 @@ from flax import nnx
 from jax_flashllm.formats import encode
 from jax_flashllm.models import checkpoint
 from jax_flashllm.models.config import OPTConfig
-from jax_flashllm.models.opt import LAYER_NORM_EPSILON, OPT
+from jax_flashllm.models.opt import LAYER_NORM_EPSILON, OPT, Implementation
 from jax_flashllm.nn import SparseDense
 
 # A matrix with this share of zeros is kept sparse: at 16 (1 - s) + 1 bits a weight it is a quarter
@@ -33,7 +33,7 @@ _FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32
 _PREFIXES = ("model.decoder.", "decoder.", "")
 
 
-def load(path: str | os.PathLike, dtype: Any, attention_implementation: str | None) -> OPT:
+def load(path: str | os.PathLike, dtype: Any, attention_implementation: Implementation) -> OPT:
     """See `opt.load`."""
     with checkpoint.open_checkpoint(path) as ckpt:
         names, config = verify(ckpt)
@@ -174,6 +174,9 @@ class _NoKeys:
         return None
 
 
+_NO_KEYS: Any = _NoKeys()
+
+
 class Loader:
     """A maker that reads.
 
@@ -206,7 +209,7 @@ class Loader:
             bias_init=lambda *_: b,
             dtype=self.compute,
             param_dtype=kernel.dtype,
-            rngs=_NoKeys(),
+            rngs=_NO_KEYS,
         )
 
     def embed(self, name: str, rows: int, features: int):
@@ -220,7 +223,7 @@ class Loader:
             embedding_init=lambda *_: table,
             dtype=self.compute,
             param_dtype=table.dtype,
-            rngs=_NoKeys(),
+            rngs=_NO_KEYS,
         )
 
     def norm(self, name: str, features: int):
@@ -235,7 +238,7 @@ class Loader:
             bias_init=lambda *_: bias,
             use_fast_variance=False,
             dtype=self.compute,
-            rngs=_NoKeys(),
+            rngs=_NO_KEYS,
         )
 
     def _vector(self, names: list[str]) -> jax.Array:
