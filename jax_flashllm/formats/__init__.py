@@ -39,10 +39,17 @@ def encode(
     Returns a `Bitmap` or a `TiledCSL`. Raises TypeError for other dtypes and under tracing,
     ValueError for other ranks, empty matrices, or `shards` out of range.
     """
-    encoded = encode_on_host(dense, format, shards)  # first: it checks what `dense` is
-    _warn_of_negative_zeros(dense)
+    w = encode_on_host(dense, format, shards)
+    negative_zeros = np.count_nonzero(words(dense) == 0x8000) / w.shape[0] / w.shape[1]
+    if negative_zeros > 0.01:
+        warnings.warn(
+            f"encode: {negative_zeros:.0%} of the weights are -0.0, which is stored like a "
+            "nonzero; if they were pruned by w * mask, prune with jnp.where(mask, w, 0), or "
+            "encode w + 0",
+            stacklevel=2,
+        )
     # jnp.asarray would compile a program for every new shape; device_put compiles none.
-    return jax.device_put(encoded)
+    return jax.device_put(w)
 
 
 def encode_on_host(
