@@ -105,7 +105,10 @@ def environment() -> dict[str, str]:
             model = line.split(":", 1)[1].strip()
             break
     git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     versions = {
         "jax": jax.__version__,

@@ -4,6 +4,8 @@ Needs the `oracle` extra. Writes tests/fixtures/opt.npz: for each variant the fl
 padded prompts and 64 greedy tokens of every row.
 """
 
+from unittest import mock
+
 import numpy as np
 import tiny_opt
 import torch
@@ -13,7 +15,9 @@ import transformers
 def hf_model(config: dict, tensors: dict[str, np.ndarray]) -> transformers.OPTForCausalLM:
     """transformers' model with these weights, in float32."""
     shape = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
-    model = transformers.OPTForCausalLM(transformers.OPTConfig(**shape))
+    # Every weight is loaded below, and transformers 4 fails to initialise norms without affine.
+    with mock.patch.object(transformers.OPTPreTrainedModel, "_init_weights", lambda *_: None):
+        model = transformers.OPTForCausalLM(transformers.OPTConfig(**shape))
     state = {k: torch.from_numpy(v.astype(np.float32)) for k, v in tensors.items()}
     if config.get("tie_word_embeddings", True):
         state["lm_head.weight"] = state["model.decoder.embed_tokens.weight"]
