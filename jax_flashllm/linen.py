@@ -38,6 +38,8 @@ class SparseDense(linen.Module):
         in float32 whatever it is, and the weight is never rounded to it.
     param_dtype: float16 or bfloat16, of the initial weight and bias.
     format, shards: as in `jax_flashllm.encode`.
+    Left out of linen.Dense's arguments: `precision`, `dot_general`, `dot_general_cls` and
+        `promote_dtype`, since the kernel's product has no other forms.
 
     To use weights that exist, skip `init` and pass `variables_from_dense` or
     `variables_from_encoded` to `apply`.

@@ -48,6 +48,9 @@ class SparseDense(nnx.Module):
     param_dtype: float16 or bfloat16, of the weight and of the initial bias.
     format: "auto", "bitmap" or "tiled_csl", as in `jax_flashllm.encode`.
     shards: row blocks of the weight.
+    Left out of nnx.Linear's arguments: `precision`, `dot_general`, `promote_dtype` and
+        `preferred_element_type`, since the kernel's product has no other forms, and
+        `kernel_metadata` and `bias_metadata`.
 
     Attributes: `kernel` (the stored values), `kernel_index` and `kernel_offsets` as in this
     module's header, `bias` (nnx.Param [M] or None), `weight` (all of it, encoded).
