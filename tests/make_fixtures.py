@@ -16,7 +16,7 @@ def hf_model(config: dict, tensors: dict[str, np.ndarray]) -> transformers.OPTFo
     """transformers' model with these weights, in float32."""
     shape = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     # Every weight is loaded below, and transformers 4 fails to initialise norms without affine.
-    with mock.patch.object(transformers.OPTPreTrainedModel, "_init_weights", lambda *_: None):
+    with mock.patch.object(transformers.OPTPreTrainedModel, "_init_weights", return_value=None):
         model = transformers.OPTForCausalLM(transformers.OPTConfig(**shape))
     state = {k: torch.from_numpy(v.astype(np.float32)) for k, v in tensors.items()}
     if config.get("tie_word_embeddings", True):
