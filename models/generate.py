@@ -172,13 +172,13 @@ class _Output:
     def add(self, token: jax.Array) -> None:
         """Appends the step's tokens [B] to the rows still open; waits for the device."""
         column = self.tokens[:, self.length]
-        token = np.asarray(token)
-        if (token[self.open] == NAN_LOGITS).any():
+        drawn = np.asarray(token)
+        if (drawn[self.open] == NAN_LOGITS).any():
             raise ValueError(
                 f"generate: the logits of step {self.length} are NaN; the checkpoint holds NaN or "
                 "Inf, or overflows in the model's dtype: look at its weights, or try float32."
             )
-        column[self.open] = token[self.open]
+        column[self.open] = drawn[self.open]
         self.length += 1
         for end in self.ends:
             if len(end) <= self.length:
