@@ -136,22 +136,30 @@ Status OneOrManyBf16(const BitmapBand& band, float* sums) {
 }
 
 // bf16 pairs multiplied as they come out of the expand. The instruction reads subnormals as
-// zero: a band that holds one is reported and done again in fp32.
-inline __mmask32 Subnormal(__m512i v) {
-  const __mmask32 zero_exponent = _mm512_testn_epi16_mask(v, _mm512_set1_epi16(0x7f80));
-  return _mm512_mask_test_epi16_mask(zero_exponent, v, _mm512_set1_epi16(0x007f));
+// zero: a band that holds one is reported and done again in fp32. Looked for among the values
+// as stored, which are fewer than the weights.
+inline bool HoldsSubnormal(const uint16_t* begin, const uint16_t* end) {
+  __mmask32 any = 0;
+  for (; begin < end; begin += 32) {
+    const __mmask32 inside = end - begin < 32 ? (1u << (end - begin)) - 1 : ~0u;
+    const __m512i v = _mm512_maskz_loadu_epi16(inside, begin);
+    const __mmask32 zero_exponent = _mm512_testn_epi16_mask(v, _mm512_set1_epi16(0x7f80));
+    any |= _mm512_mask_test_epi16_mask(zero_exponent, v, _mm512_set1_epi16(0x007f));
+  }
+  return any != 0;
 }
 
 Status DotOneToken(const BitmapBand& band, float* sums) {
   const uint16_t* x = static_cast<const uint16_t*>(band.x);
   uint16_t scratch[kBlockWeights + 32];
-  const uint16_t* p = nullptr;
-  __mmask32 subnormal = 0;
+  const uint16_t *p = nullptr, *block = nullptr;
   __m512 acc[8];
   for (auto& a : acc) a = _mm512_setzero_ps();
   for (int64_t tile = 0; tile < band.tiles; ++tile) {
-    if (tile % kBlockTiles == 0 && !(p = BlockValues(band, tile / kBlockTiles, scratch)))
-      return Status::kOutOfRange;
+    if (tile % kBlockTiles == 0) {
+      if (HoldsSubnormal(block, p)) return Status::kSubnormal;
+      if (!(p = block = BlockValues(band, tile / kBlockTiles, scratch))) return Status::kOutOfRange;
+    }
     uint32_t m[kLanes];
     TileMasks(band.masks + tile * kLanes, m);
     for (int i = 0; i < kSteps; ++i, x += 32) {
@@ -161,12 +169,11 @@ Status DotOneToken(const BitmapBand& band, float* sums) {
         const uint32_t mask = m[8 * i + g];
         const __m512i v = Expand(mask, p);
         p += __builtin_popcount(mask);
-        subnormal |= Subnormal(v);
         acc[g] = _mm512_dpbf16_ps(acc[g], (__m512bh)v, (__m512bh)x0);
       }
     }
   }
-  if (subnormal) return Status::kSubnormal;
+  if (HoldsSubnormal(block, p)) return Status::kSubnormal;
   // An accumulator lane holds a pair of columns: lanes 0, 1 row g, lanes 2, 3 row g + 8, ...
   const __m512i rows = _mm512_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
   for (int g = 0; g < 8; ++g) StoreRows(_mm512_permutexvar_ps(rows, acc[g]), sums, g);
@@ -177,13 +184,14 @@ Status DotManyTokens(const BitmapBand& band, float* sums) {
   const int n = band.tokens;
   const uint16_t* x = static_cast<const uint16_t*>(band.x);
   uint16_t scratch[kBlockWeights + 32];
-  const uint16_t* p = nullptr;
-  __mmask32 subnormal = 0;
+  const uint16_t *p = nullptr, *block = nullptr;
   alignas(64) float acc[8 * kMaxTokens * 16];
   std::memset(acc, 0, sizeof(float) * 8 * 16 * n);
   for (int64_t tile = 0; tile < band.tiles; ++tile, x += kSteps * n * 32) {
-    if (tile % kBlockTiles == 0 && !(p = BlockValues(band, tile / kBlockTiles, scratch)))
-      return Status::kOutOfRange;
+    if (tile % kBlockTiles == 0) {
+      if (HoldsSubnormal(block, p)) return Status::kSubnormal;
+      if (!(p = block = BlockValues(band, tile / kBlockTiles, scratch))) return Status::kOutOfRange;
+    }
     uint32_t m[kLanes];
     const uint16_t* run[kSteps];
     TileMasks(band.masks + tile * kLanes, m);
@@ -197,7 +205,6 @@ Status DotManyTokens(const BitmapBand& band, float* sums) {
           const uint32_t mask = m[8 * i + g + r];
           w[r][i] = Expand(mask, run[i]);
           run[i] += __builtin_popcount(mask);
-          subnormal |= Subnormal(w[r][i]);
         }
       float* a = acc + g * n * 16;
       const uint16_t* xt = x;
@@ -218,7 +225,7 @@ Status DotManyTokens(const BitmapBand& band, float* sums) {
       }
     }
   }
-  if (subnormal) return Status::kSubnormal;
+  if (HoldsSubnormal(block, p)) return Status::kSubnormal;
   const __m512i rows = _mm512_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
   for (int g = 0; g < 8; ++g)
     for (int t = 0; t < n; ++t)
