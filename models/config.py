@@ -185,3 +185,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "opt-66b": _shape(9216, 64, 72),
     "opt-175b": _shape(12288, 96, 96),
 }
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the matrix of a decoder layer, which pruning is about."""
+    return ".layers." in f".{name}" and name.endswith(".weight") and "norm" not in name

@@ -266,10 +266,7 @@ class OPT(nnx.Module):
             positions = jnp.cumsum(new, axis=1) * new - 1
             mask = jnp.tril(jnp.ones((T, T), bool)) & (new > 0)[:, None, :]
 
-        x = self.embed_tokens.embedding[...][input_ids].astype(self.dtype)
-        if self.project_in is not None:
-            x = apply(self.project_in, x)
-        x = x + self.embed_positions.embedding[...][positions + POSITION_OFFSET].astype(self.dtype)
+        x = self.embed(input_ids, positions)
         written = []
         for i, layer in enumerate(self.layers):
             x, kv = layer(x, mask, self.attention_implementation, cache, i)
@@ -285,6 +282,15 @@ class OPT(nnx.Module):
             return logits
         keys, values = zip(*written, strict=True) if written else ((), ())
         return logits, KVCache(keys, values, valid, cache.length + T)
+
+    def embed(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """What the first layer sees, [B, T, H].   input_ids: int [B, T].   positions: from 0."""
+        x = self.embed_tokens.embedding[...][input_ids].astype(self.dtype)
+        if self.project_in is not None:
+            x = apply(self.project_in, x)
+        return x + self.embed_positions.embedding[...][positions + POSITION_OFFSET].astype(
+            self.dtype
+        )
 
     def _check(self, input_ids, attention_mask, cache) -> tuple[int, int]:
         if input_ids.ndim != 2:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_opt
+from safetensors.numpy import save
 
 from jax_flashllm.models import cli, opt
 from jax_flashllm.models.checkpoint import open_checkpoint
@@ -226,6 +227,25 @@ def test_pruning_leaves_zeros_and_no_more(inside, tiny, tmp_path):
     assert inside("generate", "--model", tmp_path / "out", "--prompt", "a")[0] == 0
 
 
+def test_calibrated_pruning_reports_errors_and_runs_as_its_dense_twin_does(inside, tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark night, and the moon was not to be seen. " * 40)
+    out = tmp_path / "out"
+    code, report, stderr = inside(
+        "prune", tiny, "--method", "sparsegpt", "--sparsity", "0.6", "--calibration", text,
+        "--samples", "5", "--context", "48", "--out", out,
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt", "tiny"]
+    rows = [line.split() for line in report.splitlines() if line.startswith("layers.")]
+    assert len(rows) == 12
+    assert all(59.5 < float(row[3].rstrip("%")) < 60.5 for row in rows)
+    assert all(0 < float(row[4]) < 1 for row in rows)
+    code, lines, _ = inside("eval", "--model", out, "--text", text, "--dense")
+    assert code == 0
+    assert abs(float(lines.rsplit("differ by ")[1].split("%")[0])) < 0.1
+
+
 def test_bench_compares_sparse_and_dense(inside, tiny, tmp_path):
     inside("prune", tiny, "--sparsity", "0.7", "--out", tmp_path / "out")
     code, table, _ = inside("bench", "--model", tmp_path / "out", "--tokens", "8")
@@ -286,6 +306,15 @@ def hostile(path):
         ("prune tiny --out . --overwrite --sparsity 0.5", "no packed model has"),
         ("prune nowhere --out new --sparsity 0.5", "nowhere does not exist"),
         ("prune tiny --out long.txt/new --sparsity 0.5", "long.txt is a file; choose"),
+        ("prune tiny --out new --sparsity 0.5 --method wanda", "pass --calibration FILE"),
+        ("prune tiny --out new --sparsity 0.5 --owl", "--owl looks at activations"),
+        ("prune tiny --out new --sparsity 0.5 --calibration nowhere.txt", "cannot be read"),
+        ("prune tiny --out new --sparsity 0.5 --calibration one.txt", "1 tokens, fewer than one"),
+        ("prune tiny --out new --sparsity 0.5 --calibration long.txt --context 65", "that at most"),
+        ("prune tiny --out new --sparsity 0.5 --calibration long.txt --group global", "--owl"),
+        ("prune tiny --out new --sparsity 0.5 --calibration long.txt --owl --owl-lambda 0.9",
+         "pass a smaller lambda"),
+        ("prune nan --out new --sparsity 0.5 --calibration long.txt", "hold NaN or Inf"),
         ("eval --model tiny --text nowhere.txt", "nowhere.txt cannot be read"),
         ("eval --model tiny --text empty.txt", "empty.txt is empty"),
         ("eval --model tiny --text one.txt", "2 are needed"),
@@ -305,7 +334,7 @@ def test_mistakes_get_one_line_and_exit_code_2(inside, tiny, tmp_path, monkeypat
     for name, content in (("latin1", b"caf\xe9"), ("empty", b""), ("one", b"a")):
         (tmp_path / f"{name}.txt").write_bytes(content)
     (tmp_path / "long.txt").write_text("one two three " * 100)
-    models = [name for name in ("llama", "truncated", "hostile", "wordless") if name in args]
+    models = [name for name in ("llama", "truncated", "hostile", "wordless", "nan") if name in args]
     for name in models:
         path = tmp_path / name
         path.mkdir()
@@ -317,6 +346,10 @@ def test_mistakes_get_one_line_and_exit_code_2(inside, tiny, tmp_path, monkeypat
             damaged(path, "model.safetensors", lambda x: x[: len(x) // 2])
         elif name == "hostile":
             hostile(path)
+        elif name == "nan":
+            tensors = tiny_opt.weights(json.loads((path / "config.json").read_text()))
+            tensors["model.decoder.embed_tokens.weight"][:] = np.nan
+            damaged(path, "model.safetensors", lambda _, t=tensors: save(t))
         else:
             (path / "tokenizer.json").unlink()
     before = sorted(p.name for p in tmp_path.rglob("*"))
@@ -411,6 +444,22 @@ def test_saving_to_a_full_disk_leaves_nothing(command, tmp_path):
     assert b"cannot be written (File too large)" in result.stderr.splitlines()[-1]
     assert b"Traceback" not in result.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fills_while_saving_keeps_the_finished_blocks(command, inside, tiny, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three " * 100)
+    args = ("prune", tiny, "--method", "wanda", "--sparsity", "0.5", "--samples", "2",
+            "--calibration", tmp_path / "text.txt", "--out", tmp_path / "out")  # fmt: skip
+    # Blocks fit in this, the whole model does not.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    result = command(*args, first=limit, XDG_CACHE_HOME="/nowhere")
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert b"File too large" in last
+    assert b"2 of 2 blocks are finished" in last
+    assert sorted(os.listdir(tmp_path / "out.partial")) == ["layers.0", "layers.1", "run.json"]
+    assert inside(*args)[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ["out", "text.txt", "tiny"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(command, tmp_path):

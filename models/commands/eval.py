@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from jax_flashllm.models.commands import common
+
+if TYPE_CHECKING:
+    from jax_flashllm.models.evaluate import Perplexity
+    from jax_flashllm.models.opt import OPT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="windows at a time (default: as many as fit 64 MB of logits)",
     )
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="run the same weights dense as well, and tell the difference",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,24 +51,37 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from jax_flashllm.models import opt
+    from jax_flashllm.models.densify import densify
     from jax_flashllm.models.evaluate import perplexity
     from jax_flashllm.models.tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(path)
     ids = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
     model = opt.load(path, args.dtype)
-    start = time.perf_counter()
-    with tqdm(total=len(ids), desc="eval", unit="token", disable=None, leave=False) as bar:
+    context = args.context or model.config.max_position_embeddings
 
-        def advance(tokens: int, nats: float) -> None:
-            bar.update(tokens - bar.n)
-            bar.set_postfix_str(f"{np.exp(nats / max(tokens, 1)):.3f} per token")
+    def measure(model: OPT) -> tuple[Perplexity, float]:
+        start = time.perf_counter()
+        with tqdm(total=len(ids), desc="eval", unit="token", disable=None, leave=False) as bar:
 
-        result = perplexity(model, ids, tokenizer.token_bytes(), args.context, args.batch, advance)
-    seconds = time.perf_counter() - start
+            def advance(tokens: int, nats: float) -> None:
+                bar.update(tokens - bar.n)
+                bar.set_postfix_str(f"{np.exp(nats / max(tokens, 1)):.3f} per token")
+
+            result = perplexity(model, ids, tokenizer.token_bytes(), context, args.batch, advance)
+        return result, time.perf_counter() - start
+
+    result, seconds = measure(model)
     print(
         f"perplexity {result.per_token:.4f} per token, {result.per_byte:.5f} per byte; "
         f"{result.bits_per_byte:.5f} bits per byte\n"
         f"{result.tokens} tokens and {result.bytes} bytes scored in {seconds:.1f} s, windows of "
-        f"{args.context or model.config.max_position_embeddings}, {model.dtype} activations"
+        f"{context}, {model.dtype} activations"
     )
+    if args.dense:
+        dense, seconds = measure(densify(model))
+        change = 100 * (result.per_token / dense.per_token - 1)
+        print(
+            f"the same weights dense: {dense.per_token:.4f} per token in {seconds:.1f} s; the "
+            f"sparse kernels differ by {change:+.4f}%"
+        )

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from jax_flashllm.models.commands import common
+from jax_flashllm.models.config import is_linear
 
 if TYPE_CHECKING:
     from jax_flashllm.models.checkpoint import Checkpoint
@@ -62,11 +63,6 @@ def describe(checkpoint: Checkpoint) -> str:
         f"{text}\n\n{whole.weights:,} weights in {common.size(checkpoint.nbytes)}; dense in the "
         f"same dtypes they take {common.size(whole.dense)}"
     )
-
-
-def is_linear(name: str) -> bool:
-    """Whether a tensor is the matrix of a decoder layer, which pruning is about."""
-    return ".layers." in f".{name}" and name.endswith(".weight") and "norm" not in name
 
 
 def nonzeros(checkpoint: Checkpoint, name: str) -> int:

@@ -1,8 +1,14 @@
-"""Writes a sparse copy of a model, pruned layer by layer.
+"""Writes a sparse copy of a model.
 
 Only the matrices of the decoder layers are pruned; embeddings, norms and biases are copied.
+Magnitudes need nothing but the weights. Wanda and SparseGPT look at the activations of a
+calibration text, block by block, each block after the ones before it are pruned; with
+--calibration, magnitude pruning runs so too and tells the error of every layer.
 
-    jax-flashllm prune facebook-opt-125m --sparsity 0.7 --out opt-125m-70
+    jax-flashllm prune opt-125m --sparsity 0.7 --out opt-125m-70
+    jax-flashllm prune opt-125m --method sparsegpt --sparsity 0.7 --calibration books.txt --out DIR
+
+Finished blocks wait in DIR.partial: after an interruption the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -10,17 +16,18 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_flashllm.models.commands import common
-from jax_flashllm.models.commands.info import is_linear
+from jax_flashllm.models.config import is_linear
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from jax_flashllm.models.checkpoint import Checkpoint
+    from jax_flashllm.models.pruning import Recipe, Source
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -30,7 +37,9 @@ TOKENIZER_FILES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face OPT, or 'demo'")
-    parser.add_argument("--method", choices=("magnitude",), default="magnitude")
+    parser.add_argument(
+        "--method", choices=("magnitude", "wanda", "sparsegpt"), default="magnitude"
+    )
     parser.add_argument(
         "--sparsity",
         type=common.number(float, 0, 1),
@@ -40,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--group",
-        choices=("row", "global"),
-        default="row",
-        help="compare weights within a row (default), or in all layers together",
+        choices=("row", "uniform", "global"),
+        help="compare weights within a row (default), a matrix (for sparsegpt a block of its "
+        "columns, and its default), or, for magnitude, in all layers together",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
@@ -51,6 +60,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the stored weights (default: the checkpoint's; float16 for float32 ones)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is at DIR")
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibration", metavar="FILE", help="UTF-8 text, unlike what you evaluate on"
+    )
+    calibration.add_argument(
+        "--samples", type=common.number(int, 1), default=128, metavar="N",
+        help="windows of the text (default 128)",
+    )  # fmt: skip
+    calibration.add_argument(
+        "--context", type=common.number(int, 1), metavar="N",
+        help="tokens a window (default: the model's context)",
+    )  # fmt: skip
+    calibration.add_argument(
+        "--owl", action="store_true", help="prune blocks with more outliers less (OWL)"
+    )
+    calibration.add_argument(
+        "--owl-m", type=common.number(float, 0, above=True), default=5.0, metavar="M",
+        help="an outlier is M times the mean score (default 5)",
+    )  # fmt: skip
+    calibration.add_argument(
+        "--owl-lambda", type=common.number(float, 0, 1), default=0.08, metavar="L",
+        help="sparsities differ by 2 L at most (default 0.08)",
+    )  # fmt: skip
+    calibration.add_argument(
+        "--damping", type=common.number(float, 0), default=0.01, metavar="D",
+        help="SparseGPT's, as a share of the mean of the Hessian's diagonal (default 0.01)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -60,141 +96,167 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{out} exists; choose another --out, or pass --overwrite")
     if out.absolute().parent.exists() and not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: {out.parent} is a file; choose another --out")
+    if args.calibration is None and (args.method != "magnitude" or args.owl):
+        what = "--owl" if args.method == "magnitude" else f"--method {args.method}"
+        raise ValueError(f"{what} looks at activations; pass --calibration FILE")
+    text = None if args.calibration is None else common.read_text(args.calibration)
     common.cache_compilations()
-    from tqdm import tqdm
 
-    from jax_flashllm.models.checkpoint import open_checkpoint, save_packed
+    from jax_flashllm.models.checkpoint import open_checkpoint
+    from jax_flashllm.models.pruning import Recipe, Source
     from jax_flashllm.models.weights import verify
 
+    recipe = Recipe(
+        args.method,
+        args.sparsity,
+        args.group or ("uniform" if args.method == "sparsegpt" else "row"),
+        (args.owl_m, args.owl_lambda) if args.owl else None,
+        damping=args.damping,
+    )
     with open_checkpoint(path) as checkpoint:
         verify(checkpoint)  # refuses what is no OPT before any work
-        pruner = Pruner(checkpoint, args.sparsity, args.group, args.dtype)
-        config = checkpoint.config | {
-            key: pruner.dtype.name for key in ("dtype", "torch_dtype") if key in checkpoint.config
-        }
-        with tqdm(total=pruner.total, desc="prune", unit="B", unit_scale=True, disable=None) as bar:
-            stored: dict[str, int] = {}
+        source = Source(checkpoint, args.dtype)
+        if text is None:
+            from jax_flashllm.models.pruning import by_magnitude
+
+            report = _Report(source, {})
+            written = report.save(
+                out, lambda say: by_magnitude(source, recipe, say), recipe, args.overwrite
+            )
+        else:
+            written, report = _by_blocks(args, out, source, recipe, text)
+        print(report)
+        print(f"\n{out}: {common.size(written)}, was {common.size(checkpoint.nbytes)}")
+        print(report.prediction())
+
+
+def _by_blocks(
+    args: argparse.Namespace, out: Path, source: Source, recipe: Recipe, text: str
+) -> tuple[int, _Report]:
+    from tqdm import tqdm
+
+    from jax_flashllm.models.checkpoint import CheckpointError
+    from jax_flashllm.models.config import OPTConfig
+    from jax_flashllm.models.pruning import Blocks, windows
+    from jax_flashllm.models.tokenizer import open_tokenizer
+
+    longest = OPTConfig.from_dict(source.checkpoint.config).max_position_embeddings
+    context = args.context or longest
+    if context > longest:
+        raise ValueError(f"--context is {context}, but the model's is {longest}; pass that at most")
+    tokenizer = open_tokenizer(source.checkpoint.path)
+    ids = windows(tokenizer.encode(text, add_special_tokens=False), args.samples, context)
+    work = out.absolute().with_name(out.name + ".partial")
+    blocks = None
+    try:
+        with tqdm(desc="prune", unit="window", disable=None) as bar:
+            blocks = Blocks(source, recipe, ids, work, None, bar.set_description, bar.update)
+            if blocks.finished:
+                bar.write(f"{blocks.finished} of {blocks.count} blocks are finished in {work}")
+            bar.reset(blocks.steps)
+            blocks.run()
+        report = _Report(source, blocks.errors())
+        written = report.save(out, lambda _: blocks.tensors(), recipe, args.overwrite)
+    except CheckpointError as error:
+        if blocks is None or not blocks.finished:
+            raise
+        raise ValueError(
+            f"{error}; {blocks.finished} of {blocks.count} blocks are finished in {work}: the same "
+            "command goes on from there"
+        ) from error
+    finally:
+        if blocks is not None and not blocks.finished:
+            shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    return written, report
+
+
+class _Report:
+    """Saves tensors, counts what is left of them, and tells it.
+
+    errors: the reconstruction error of each linear layer; empty where none was measured.
+    """
+
+    def __init__(self, source: Source, errors: dict[str, float]):
+        self.source, self.errors = source, errors
+        self.kept: dict[str, int] = {}
+        self.stored: dict[str, int] = {}
+
+    def save(
+        self,
+        out: Path,
+        tensors: Callable[[Callable[[str], Any]], Iterable[tuple[str, np.ndarray]]],
+        recipe: Recipe,
+        overwrite: bool,
+    ) -> int:
+        """Writes tensors(say) to `out`; returns the bytes of its weight files."""
+        import numpy as np
+        from tqdm import tqdm
+
+        from jax_flashllm.models.checkpoint import save_packed
+
+        with tqdm(total=self.dense, desc="save", unit="B", unit_scale=True, disable=None) as bar:
+
+            def counted():
+                for name, value in tensors(bar.set_description):
+                    if is_linear(name):
+                        self.kept[name] = int(np.count_nonzero(value.view(np.uint16)))
+                    yield name, value
 
             def advance(name: str, count: int) -> None:
-                stored[name] = count
-                bar.update(pruner.dense_bytes(name))
+                self.stored[name] = count
+                bar.update(self.source.dense_bytes(name))
 
-            files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-            written = save_packed(
+            path = self.source.checkpoint.path
+            return save_packed(
                 out,
-                config,
-                pruner.tensors(bar.set_description),
-                sparse=lambda name: is_linear(name) and args.sparsity > 0,
-                tokenizer_files=files,
-                overwrite=args.overwrite,
+                self.source.config,
+                counted(),
+                sparse=lambda name: is_linear(name) and recipe.sparsity > 0,
+                tokenizer_files=[path / n for n in TOKENIZER_FILES if (path / n).is_file()],
+                overwrite=overwrite,
                 progress=advance,
             )
-    print(pruner.report(stored))
-    print(f"\n{out}: {common.size(written)}, was {common.size(checkpoint.nbytes)}")
-    print(_prediction(sum(stored.values()), pruner.total))
-
-
-class Pruner:
-    """Magnitude pruning of a checkpoint, one matrix in memory at a time."""
-
-    def __init__(self, checkpoint: Checkpoint, sparsity: float, group: str, dtype: str | None):
-        import ml_dtypes
-        import numpy as np
-
-        self.checkpoint, self.sparsity, self.group = checkpoint, sparsity, group
-        tied = checkpoint.config.get("tie_word_embeddings", True)
-        # A tied head that is stored all the same is the embedding a second time.
-        self.names = [n for n in checkpoint.names() if not (tied and n == "lm_head.weight")]
-        self.linear = [n for n in self.names if is_linear(n)]
-        if not self.linear:
-            raise ValueError(f"{checkpoint.path} has no decoder layers to prune; is it an OPT?")
-        if dtype is None:
-            own = checkpoint.dtype(self.linear[0]).name
-            dtype = own if own in ("float16", "bfloat16") else "float16"
-        self.dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16)
-        self.kept: dict[str, int] = {}
 
     @property
-    def total(self) -> int:
+    def dense(self) -> int:
         """Bytes of the model dense, in the dtype to be written."""
-        return sum(map(self.dense_bytes, self.names))
+        return sum(map(self.source.dense_bytes, self.source.names))
 
-    def dense_bytes(self, name: str) -> int:
-        return math.prod(self.checkpoint.shape(name)) * self.dtype.itemsize
-
-    def tensors(self, say: Callable[[str], Any]) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, array in the dtype to be written); linear layers pruned."""
-        import numpy as np
-
-        from jax_flashllm.prune import global_threshold, magnitude
-
-        threshold = None
-        if self.group == "global" and self.sparsity > 0:
-            say("find the threshold")
-            threshold = global_threshold(lambda: map(self._read, self.linear), self.sparsity)
-        for name in self.names:
-            say(_block(name))
-            value = self._read(name)
-            if is_linear(name):
-                if threshold is not None:
-                    value = threshold.prune(value, self.linear.index(name))
-                elif self.sparsity > 0:
-                    value = np.asarray(magnitude(value, self.sparsity))
-                self.kept[name] = int(np.count_nonzero(value.view(np.uint16)))
-            yield name, value
-
-    def _read(self, name: str) -> np.ndarray:
-        import numpy as np
-
-        value = self.checkpoint.read(name)
-        with np.errstate(over="ignore"):
-            cast = value.astype(self.dtype)
-        if is_linear(name) and np.isnan(cast).any():
-            raise ValueError(
-                f"{self.checkpoint.path}: {name} holds NaN, which has no magnitude to prune by; "
-                "fetch the checkpoint again"
-            )
-        lost = np.isinf(cast) & np.isfinite(value)
-        if lost.any():
-            raise ValueError(
-                f"{self.checkpoint.path}: {name} holds {value[lost][0]}, past the range of "
-                f"{self.dtype}; pass --dtype bfloat16"
-            )
-        # Weights that the cast or the source made -0.0 are zeros too.
-        return np.where(cast == 0, cast.dtype.type(0), cast) if is_linear(name) else cast
-
-    def report(self, stored: dict[str, int]) -> str:
-        rows = []
-        for name in self.linear:
-            m, k = self.checkpoint.shape(name)
+    def __str__(self) -> str:
+        source, rows = self.source, []
+        for name in source.linear:
+            m, k = source.checkpoint.shape(name)
             shown = name.removeprefix("model.").removeprefix("decoder.").removesuffix(".weight")
-            rows.append((
+            rows.append([
                 shown, f"[{m}, {k}]", f"{100 * (1 - self.kept[name] / (m * k)):.2f}%",
-                common.size(self.dense_bytes(name)), common.size(stored[name]),
-            ))  # fmt: skip
-        weights = sum(math.prod(self.checkpoint.shape(n)) for n in self.linear)
-        rows.append((
-            "all linear layers", "", f"{100 * (1 - sum(self.kept.values()) / weights):.2f}%",
-            common.size(sum(map(self.dense_bytes, self.linear))),
-            common.size(sum(stored[n] for n in self.linear)),
-        ))  # fmt: skip
-        head = ("layer", "shape", "sparsity", f"dense {self.dtype}", "packed")
-        return common.table(head, rows)
+                f"{self.errors[name]:.5f}" if self.errors else "",
+                common.size(source.dense_bytes(name)), common.size(self.stored[name]),
+            ])  # fmt: skip
+        weights = sum(math.prod(source.checkpoint.shape(n)) for n in source.linear)
+        rows.append([
+            "all linear layers", "", f"{100 * (1 - sum(self.kept.values()) / weights):.2f}%", "",
+            common.size(sum(map(source.dense_bytes, source.linear))),
+            common.size(sum(self.stored[n] for n in source.linear)),
+        ])  # fmt: skip
+        head = ["layer", "shape", "sparsity", "error", f"dense {source.dtype}", "packed"]
+        if not self.errors:
+            for row in (head, *rows):
+                del row[3]
+            return common.table(head, rows)
+        return (
+            f"{common.table(head, rows)}\n"
+            "error: |X (W - W')^T|^2 / |X W^T|^2, X the inputs that calibration gave the layer"
+        )
 
+    def prediction(self) -> str:
+        import jax
 
-def _block(name: str) -> str:
-    """ "layers.3" of the names in layer 3, else the name without its ends."""
-    parts = name.removeprefix("model.").removeprefix("decoder.").split(".")
-    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
-
-
-def _prediction(sparse: int, dense: int) -> str:
-    import jax
-
-    rate = common.copy_bandwidth()
-    return (
-        f"predicted at batch 1, dense -> sparse: at most {rate / dense:.1f} -> {rate / sparse:.1f} "
-        f"tokens/s ({dense / sparse:.2f}x)\n"
-        f"(a token reads every weight once; a copy on this {jax.default_backend()} moves "
-        f"{rate / 1e9:.1f} GB/s; measure with: jax-flashllm bench --model DIR)"
-    )
+        sparse, dense = sum(self.stored.values()), self.dense
+        rate = common.copy_bandwidth()
+        return (
+            f"predicted at batch 1, dense -> sparse: at most {rate / dense:.1f} -> "
+            f"{rate / sparse:.1f} tokens/s ({dense / sparse:.2f}x)\n"
+            f"(a token reads every weight once; a copy on this {jax.default_backend()} moves "
+            f"{rate / 1e9:.1f} GB/s; measure with: jax-flashllm bench --model DIR)"
+        )

@@ -1,0 +1,268 @@
+"""Block-by-block pruning: its statistics, its resumption, its errors."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+import tiny_opt
+from tiny_opt import quick_compiles  # noqa: F401
+
+from jax_flashllm.models import opt, pruning
+from jax_flashllm.models.checkpoint import open_checkpoint, save_packed
+from jax_flashllm.models.pruning import Blocks, Recipe, Source, windows
+
+IDS = np.random.RandomState(3).randint(0, tiny_opt.BASE["vocab_size"], (6, 24)).astype(np.int32)
+SPARSEGPT = Recipe("sparsegpt", 0.6, "uniform", block=16)
+WANDA = Recipe("wanda", 0.5, "row")
+
+
+def checkpoint_of(tmp_path, variant="plain", **overrides):
+    config = tiny_opt.config(variant, **overrides)
+    path = tmp_path / variant
+    if not path.exists():
+        tiny_opt.save(path, config, tiny_opt.weights(config, np.float16))
+    return open_checkpoint(path)
+
+
+def pruned(tmp_path, recipe, work="work", ids=IDS, variant="plain", **overrides):
+    """({name: array} of the pruned model, the run)."""
+    with checkpoint_of(tmp_path, variant, **overrides) as checkpoint:
+        blocks = Blocks(Source(checkpoint, None), recipe, ids, tmp_path / work)
+        blocks.run()
+        return dict(blocks.tensors()), blocks
+
+
+def observed(path, block, monkeypatch):
+    """What reaches the four linear layers of one block of a model, float64 [tokens, K] each."""
+    seen, apply = [], opt.apply
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            opt, "apply", lambda w, x, *a: (seen.append(np.asarray(x)), apply(w, x, *a))[1]
+        )
+        opt.load(path, dtype=np.float32)(IDS)
+    return [x.reshape(-1, x.shape[-1]).astype(np.float64) for x in seen[4 * block : 4 * block + 4]]
+
+
+@pytest.mark.parametrize("variant", ["plain", "post_norm", "gelu", "no_bias"])
+def test_statistics_come_from_the_blocks_as_pruned(tmp_path, monkeypatch, variant):
+    result, run = pruned(tmp_path, WANDA, variant=variant)
+    with checkpoint_of(tmp_path, variant) as dense:
+        assert set(result) == set(dense.names())
+        for block in range(2):
+            # The model as it was when the block was looked at.
+            before = {
+                name: result[name] if f"layers.{block - 1}." in name else dense.read(name)
+                for name in dense.names()
+            }
+            stage = tmp_path / f"stage{block}"
+            save_packed(stage, dense.config, before.items(), sparse=[])
+            for x, names in zip(
+                observed(stage, block, monkeypatch),
+                (["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]),
+                strict=True,
+            ):
+                norm = np.linalg.norm(x, axis=0)
+                for short in names:
+                    name = next(
+                        n for n in run.source.linear if f"layers.{block}." in n and short in n
+                    )
+                    w, new = dense.read(name).astype(np.float64), result[name]
+                    scores = np.sort(np.abs(w) * norm, axis=1)
+                    drop = w.shape[1] // 2
+                    keep = np.abs(w) * norm > scores[:, drop - 1 : drop]
+                    np.testing.assert_array_equal(new, np.where(keep, w, 0).astype(np.float16))
+                    lost = np.linalg.norm(x @ (w - new).T) ** 2 / np.linalg.norm(x @ w.T) ** 2
+                    assert run.errors()[name] == pytest.approx(lost, rel=1e-4)
+                    assert 1e-4 < lost < 1
+
+
+@pytest.mark.parametrize("recipe", [SPARSEGPT, WANDA, Recipe("magnitude", 0.5, "uniform")])
+def test_every_matrix_has_the_sparsity_asked_for(tmp_path, recipe):
+    result, run = pruned(tmp_path, recipe)
+    for name in run.source.linear:
+        w = result[name]
+        # A weight a group: a row, a matrix, or a block of 16 columns.
+        groups = {"row": w.shape[0], "uniform": -(-w.shape[1] // 16)}[recipe.group]
+        assert abs((w == 0).sum() - recipe.sparsity * w.size) <= groups
+        assert w.dtype == np.float16
+        assert not (np.signbit(w) & (w == 0)).any()
+
+
+def test_owl_moves_sparsity_and_keeps_the_mean(tmp_path):
+    recipe = dataclasses.replace(WANDA, owl=(2.0, 0.1))
+    result, run = pruned(tmp_path, recipe)
+    by_block = [
+        np.mean(
+            np.concatenate([result[n].ravel() == 0 for n in run.source.linear if f"s.{i}." in n])
+        )
+        for i in range(2)
+    ]
+    assert abs(by_block[0] - by_block[1]) == pytest.approx(0.2, abs=0.02)
+    assert np.mean(by_block) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("stop", ["layers.0", "layers.1", "layers.2"])
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(tmp_path, stop):
+    recipe = dataclasses.replace(SPARSEGPT, owl=(5.0, 0.05))
+    whole, _ = pruned(tmp_path, recipe, "whole", num_hidden_layers=3)
+
+    class Stopped(Exception):
+        pass
+
+    def say(text):
+        if text == stop:
+            raise Stopped
+
+    with checkpoint_of(tmp_path) as checkpoint:
+        source = Source(checkpoint, None)
+        first = Blocks(source, recipe, IDS, tmp_path / "cut", say=say)
+        with pytest.raises(Stopped):
+            first.run()
+        assert first.finished == int(stop[-1])
+        seen, steps = [], []
+        again = Blocks(source, recipe, IDS, tmp_path / "cut", say=seen.append, advance=steps.append)
+        prune, calls = again._prune, []
+        again._prune = lambda *args: (calls.append(1), prune(*args))[1]
+        again.run()
+        assert len(calls) == 3 - int(stop[-1])
+        assert sum(steps) == again.steps
+        resumed = dict(again.tensors())
+    assert whole.keys() == resumed.keys()
+    assert all(whole[n].tobytes() == resumed[n].tobytes() for n in whole)
+
+
+def test_blocks_of_another_run_are_not_taken_for_this_one(tmp_path):
+    pruned(tmp_path, WANDA)
+    for recipe, ids, says in (
+        (dataclasses.replace(WANDA, sparsity=0.7), IDS, r"sparsity was 0\.5, is now 0\.7"),
+        (WANDA, IDS[::-1].copy(), "calibration was"),
+    ):
+        with pytest.raises(ValueError, match=f"another run .{says}"):
+            pruned(tmp_path, recipe, ids=ids)
+    (tmp_path / "work" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="model was None"):
+        pruned(tmp_path, WANDA)
+
+
+SHARED = """
+import sys, pathlib, numpy as np, jax
+from jax_flashllm.models import pruning
+from jax_flashllm.models.checkpoint import open_checkpoint
+pruning.SCORES_BYTES = 1  # one window a device and call
+out = pathlib.Path(sys.argv[2])
+recipe = pruning.Recipe("sparsegpt", 0.6, "uniform", block=16)
+with open_checkpoint(sys.argv[1]) as checkpoint:
+    source = pruning.Source(checkpoint, None)
+    run = pruning.Blocks(source, recipe, np.load(sys.argv[3]), out / "work")
+    assert run.batch == len(jax.devices()) == 4
+    run.run()
+    np.savez(out / "result.npz", **dict(run.tensors()))
+"""
+
+
+def test_windows_are_shared_out_over_devices(tmp_path, fresh_process, monkeypatch):
+    one, run = pruned(tmp_path, SPARSEGPT)
+    np.save(tmp_path / "ids.npy", IDS)  # six windows: four, and two that stay together
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    out = tmp_path / "four"
+    out.mkdir()
+    fresh_process(SHARED, str(tmp_path / "plain"), str(out), str(tmp_path / "ids.npy"))
+    four = np.load(out / "result.npz")
+    for name in run.source.linear:
+        # Sums in another order, then rounding to float16; a mask may differ in a near tie.
+        differ = ~np.isclose(one[name], four[name], rtol=1e-2, atol=1e-3)
+        assert differ.mean() < 0.01
+
+
+def test_windows_spread_over_the_text_and_refuse_a_short_one():
+    ids = np.arange(100)
+    got = windows(ids, 4, 10)
+    assert got.shape == (4, 10)
+    assert got[:, 0].tolist() == [0, 30, 60, 90]
+    assert (np.diff(got, axis=1) == 1).all()
+    assert windows(ids, 3, 100).tolist() == [list(range(100))] * 3
+    with pytest.raises(ValueError, match="99 tokens, fewer than one context of 100"):
+        windows(ids[:99], 1, 100)
+
+
+def with_tensor(tmp_path, name, change):
+    """A plain model with one tensor changed in place."""
+    config = tiny_opt.config("plain")
+    tensors = tiny_opt.weights(config, np.float16)
+    change(tensors[name])
+    return tiny_opt.save(tmp_path / "plain", config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "says"),
+    [
+        ("embed_tokens.weight", np.nan, r"activations that reach .*layers.0.self_attn.q_proj"),
+        ("layers.1.fc1.bias", np.nan, r"activations that reach .*layers.1.fc2.weight hold NaN"),
+        ("layers.1.fc1.weight", np.nan, "layers.1.fc1.weight holds NaN"),
+        ("layers.1.fc2.weight", np.inf, "layers.1.fc2.weight: .*NaN or Inf"),
+    ],
+)
+def test_nan_is_found_where_it_is_and_finished_blocks_stay(tmp_path, tensor, value, says):
+    def change(w):
+        w.reshape(-1)[:] = value
+
+    with_tensor(tmp_path, f"model.decoder.{tensor}", change)
+    with checkpoint_of(tmp_path) as checkpoint:
+        run = Blocks(Source(checkpoint, None), SPARSEGPT, IDS, tmp_path / "work")
+        with pytest.raises(ValueError, match=says):
+            run.run()
+        assert run.finished == ("layers.1" in tensor)
+
+
+def test_inputs_that_are_always_zero_are_no_trouble(tmp_path):
+    def change(bias):
+        bias[::2] = -1000  # relu never lets these through
+
+    with_tensor(tmp_path, "model.decoder.layers.0.fc1.bias", change)
+    result, run = pruned(tmp_path, SPARSEGPT)
+    name = "model.decoder.layers.0.fc2.weight"
+    assert (result[name][:, ::2] == 0).mean() > 0.95
+    assert all(np.isfinite(w).all() for w in result.values())
+    assert run.errors()[name] < 0.2
+
+
+def test_a_singular_hessian_says_what_to_do(tmp_path):
+    ids = np.full((1, 1), 7, np.int32)  # one token: H has rank one
+    with pytest.raises(ValueError, match=r"q_proj.weight: sparsegpt: .*larger damping"):
+        pruned(tmp_path, dataclasses.replace(SPARSEGPT, damping=0.0), ids=ids)
+
+
+def test_a_disk_that_fills_keeps_finished_blocks(tmp_path, monkeypatch):
+    save = pruning.save_packed
+
+    def full(out, *args):
+        if out.name == "layers.1":
+            raise OSError(28, os.strerror(28))
+        return save(out, *args)
+
+    monkeypatch.setattr(pruning, "save_packed", full)
+    with pytest.raises(OSError, match="No space left"):
+        pruned(tmp_path, WANDA)
+    monkeypatch.undo()
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["layers.0", "run.json"]
+    assert json.loads((tmp_path / "work" / "run.json").read_text())["method"] == "wanda"
+    result, _ = pruned(tmp_path, WANDA)
+    whole, _ = pruned(tmp_path, WANDA, "whole")
+    assert all(whole[n].tobytes() == result[n].tobytes() for n in whole)
+
+
+def test_a_bfloat16_checkpoint_stays_one(tmp_path):
+    import ml_dtypes
+
+    config = tiny_opt.config("plain")
+    tiny_opt.save(tmp_path / "plain", config, tiny_opt.weights(config, ml_dtypes.bfloat16))
+    result, run = pruned(tmp_path, SPARSEGPT)
+    assert {w.dtype.name for w in result.values()} == {"bfloat16"}
+    assert set(run.errors()) == set(run.source.linear)
+
+
+def test_comparing_all_layers_needs_all_layers(tmp_path):
+    with pytest.raises(ValueError, match=r"global.*--owl"):
+        pruned(tmp_path, Recipe("wanda", 0.5, "global"))
