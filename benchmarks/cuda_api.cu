@@ -40,19 +40,17 @@ __attribute__((visibility("default"))) int flashllm_read(void* stream, const voi
 // types: 0 fp16, 1 bf16, 2 fp32; format: 0 bitmap, 1 Tiled-CSL.
 __attribute__((visibility("default"))) int flashllm_spmm(
     void* stream, int format, const void* index, const void* offsets, const void* values,
-    int weight, int64_t m, int64_t k, int64_t capacity, const void* x, int token, int64_t n,
+    int weight, int64_t m, int64_t k, int64_t capacity, int64_t index_capacity, const void* x, int token, int64_t n,
     const void* bias, void* y, int activation, int ctas, int warps, int group, int64_t chunk,
     void* workspace, size_t workspace_bytes) {
   Problem p = {};
   p.format = static_cast<Format>(format);
-  if (p.format == Format::kBitmap)
-    p.masks = static_cast<const uint32_t*>(index);
-  else
-    p.positions = static_cast<const uint16_t*>(index);
+  p.index = static_cast<const uint32_t*>(index);
   p.offsets = static_cast<const uint32_t*>(offsets);
   p.values = static_cast<const uint16_t*>(values);
   p.weight = static_cast<Type>(weight);
   p.shards = 1, p.rows = m, p.k = k, p.capacity = capacity;
+  p.index_capacity = index_capacity;
   p.x = x, p.token = static_cast<Type>(token), p.n = n;
   p.bias = bias, p.bias_type = p.token, p.y = y, p.activation = activation;
   const Plan plan = {ctas, warps, group, chunk, workspace, workspace_bytes};

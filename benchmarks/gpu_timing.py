@@ -67,7 +67,7 @@ class Library:
     def __init__(self, path: str):
         self.lib = ctypes.CDLL(path)
         p, i, q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        types = [p, i, p, p, p, i, q, q, q]  # W
+        types = [p, i, p, p, p, i, q, q, q, q]  # W
         types += [p, i, q, p, p, i]  # x, bias, y, activation
         types += [i, i, i, q, p, ctypes.c_size_t]  # plan
         self.lib.flashllm_spmm.argtypes = types
@@ -94,6 +94,7 @@ class Library:
                 TYPES[w.dtype],
                 *w.shape,
                 w.values.numel(),
+                w.index.numel(),
                 x.data_ptr(),
                 TYPES[x.dtype],
                 x.shape[0],

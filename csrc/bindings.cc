@@ -56,19 +56,19 @@ nb::tuple EncodeBitmap(Dense w, int64_t shards) {
 nb::tuple EncodeTiledCsl(Dense w, int64_t shards) {
   const DenseView v = View(w, shards);
   const tiled_csl::Dims d(bitmap::CeilDiv(v.rows, shards), v.cols);
-  auto offsets = Allocate<uint32_t>({size_t(shards), size_t(d.offsets())});
-  int64_t capacity;
+  auto offsets = Allocate<uint32_t>({size_t(shards), size_t(d.offsets() / 2), 2});
+  TiledCslCapacity capacity;
   {
     nb::gil_scoped_release release;
     capacity = CountTiledCsl(v, offsets.data());
   }
-  auto positions = Allocate<uint16_t>({size_t(shards), size_t(capacity)});
-  auto values = Allocate<uint16_t>({size_t(shards), size_t(capacity)});
+  auto index = Allocate<uint32_t>({size_t(shards), size_t(capacity.index)});
+  auto values = Allocate<uint16_t>({size_t(shards), size_t(capacity.values)});
   {
     nb::gil_scoped_release release;
-    FillTiledCsl(v, offsets.data(), capacity, positions.data(), values.data());
+    FillTiledCsl(v, offsets.data(), capacity, index.data(), values.data());
   }
-  return nb::make_tuple(positions, offsets, values);
+  return nb::make_tuple(index, offsets, values);
 }
 
 nb::capsule Capsule(XLA_FFI_Handler* handler) {

@@ -43,11 +43,10 @@ inline ffi::Error CheckBitmap(const Shards& s, int64_t k, size_t masks, size_t o
   return ffi::Error::Success();
 }
 
-inline ffi::Error CheckTiledCsl(const Shards& s, int64_t k, size_t positions, size_t offsets) {
+inline ffi::Error CheckTiledCsl(const Shards& s, int64_t k, size_t index, size_t offsets) {
   const tiled_csl::Dims d(s.rows, k);
-  if (static_cast<int64_t>(positions) != s.count * s.capacity ||
-      static_cast<int64_t>(offsets) != s.count * d.offsets())
-    return Bad("Tiled-CSL positions or offsets do not fit the shape");
+  if (index % s.count || static_cast<int64_t>(offsets) != s.count * d.offsets())
+    return Bad("Tiled-CSL index or offsets do not fit the shape");
   return ffi::Error::Success();
 }
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _DEFAULT_CORES = 132  # H100: for lowering where there is no GPU
-_UNIT_COLS = {"bitmap": 256, "tiled_csl": 64}
+_UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 _MAX_GROUP = 64
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
@@ -74,11 +74,11 @@ def choose(
     format: str, rows: int, shards: int, k: int, tokens: int, n_terms: int, dev: Device
 ) -> Plan:
     """Plans x [tokens, k] times W of `shards` blocks of [rows, k]."""
-    row_bands = _ceil(rows, 16) if format == "bitmap" else _ceil(rows, 128) * 8
+    row_bands = _ceil(rows, 16) if format == "bitmap" else _ceil(rows, 64) * 4
     bands, blocks = shards * row_bands, _ceil(k, _UNIT_COLS[format])
     chunk = max(1, min(tokens, _TERM_TOKENS // n_terms)) if n_terms > 1 else max(tokens, 1)
     if format == "tiled_csl":
-        warps, fill = 8, 3 * dev.cores
+        warps, fill = 4, 6 * dev.cores
     else:
         # Narrower CTAs only where wide ones would leave multiprocessors without work.
         warps, fill = dev.warps, dev.cores

@@ -63,8 +63,8 @@ def test_plans_are_sound(shape, format):
     for tokens in (1, 8, 9, 64, 65, 5000):
         for terms in (1, 2, 3):
             p = plan.choose(format, m, 1, k, tokens, terms, H100)
-            bands = -(-m // 16) if format == "bitmap" else -(-m // 128) * 8
-            units = -(-bands // p.warps) * -(-k // (256 if format == "bitmap" else 64))
+            bands = -(-m // 16) if format == "bitmap" else -(-m // 64) * 4
+            units = -(-bands // p.warps) * -(-k // (256 if format == "bitmap" else 128))
             assert 1 <= p.ctas <= units
             assert p.group in (8, 16, 32, 64)
             assert 1 <= p.chunk <= tokens

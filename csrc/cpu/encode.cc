@@ -166,94 +166,201 @@ void FillBitmap(const DenseView& w, const uint32_t* masks, const uint32_t* offse
 
 namespace {
 
-Block CslTile(const DenseView& w, const tiled_csl::Dims& d, int64_t index) {
+using tiled_csl::kBlockWeights;
+using tiled_csl::kLists;
+
+// A block of Tiled-CSL as its 64 lists, all rows after rows, which vectorizes.
+struct Lists {
+  uint16_t weights[kBlockWeights];  // the dense block in scratch order
+  // Of each nonzero: where it comes in its list, fillers counted, and its code. kNone at zeros.
+  uint8_t slots[kBlockWeights];
+  uint8_t codes[kBlockWeights];
+  static constexpr uint8_t kNone = 0xff;
+
+  void Load(const DenseView& w, const Block& b) {
+    using namespace tiled_csl;
+    alignas(64) uint16_t patch[kBlockWeights];
+    LoadPatch(w, b.row0, b.row_end, b.col0, kBlockRows, kBlockCols, patch);
+    // A lane's 8 halves: columns c, c + 1 of rows g and g + 8, then columns c + 2, c + 3.
+    for (int i = 0; i < kBlockWeights; i += 8) {
+      const uint16_t* from = patch + HalfRow(i) * kBlockCols + HalfCol(i);
+      uint32_t top[2], bottom[2];
+      std::memcpy(top, from, sizeof top);
+      std::memcpy(bottom, from + 8 * kBlockCols, sizeof bottom);
+      const uint32_t lane[4] = {top[0], bottom[0], top[1], bottom[1]};
+      std::memcpy(weights + i, lane, sizeof lane);
+    }
+  }
+
+  void Scan() {
+    uint8_t next[kLists] = {}, gap[kLists] = {};
+    for (int row = 0; row < kBlockWeights; row += kLists)
+      for (int l = 0; l < kLists; ++l) {
+        const uint8_t nonzero = weights[row + l] != 0;
+        const uint8_t far = gap[l] + 1, filler = far == tiled_csl::kFiller;
+        const uint8_t code = filler ? 0 : far, slot = next[l] + filler;
+        codes[row + l] = code;
+        slots[row + l] = nonzero ? slot : kNone;
+        next[l] = slot + nonzero;
+        gap[l] = nonzero ? 0 : code;
+      }
+  }
+
+  struct Cut {
+    int chunks, tails;
+  };
+
+  // The number of chunks that takes the fewest bytes.
+  Cut Choose() const {
+    using namespace tiled_csl;
+    int counts[4][256 / kChunkEntries] = {};  // four, as neighbours are often equal
+    for (int i = 0; i < kBlockWeights; i += 4)
+      for (int j = 0; j < 4; ++j) ++counts[j][slots[i + j] / kChunkEntries];
+    constexpr int kChunkBytes = 2 * kChunkValues + 4 * kChunkWords;
+    constexpr int kTailBytes = 2 * kVector + 4 * kVectorWords;
+    Cut best = {};
+    int overflow = 0, least = kMaxChunks * kChunkBytes + 1;
+    for (int chunks = kMaxChunks; chunks >= 0; --chunks) {  // overflow: weights of slots behind
+      const int tails = static_cast<int>(CeilDiv(overflow, kVector));
+      const int bytes = chunks * kChunkBytes + tails * kTailBytes;
+      if (bytes < least) best = {chunks, tails}, least = bytes;
+      if (chunks)
+        for (const auto& count : counts) overflow += count[chunks - 1];
+    }
+    return best;
+  }
+
+  void Write(Cut cut, uint16_t* values, uint32_t* index) const {
+    using namespace tiled_csl;
+    const int entries = cut.chunks * kChunkEntries;
+    // Lists end at their last chunk's end, so padding comes first.
+    uint8_t kept[kLists] = {}, padding[kLists];
+    for (int row = 0; row < kBlockWeights; row += kLists)
+      for (int l = 0; l < kLists; ++l) {
+        const uint8_t slot = slots[row + l];
+        kept[l] = slot < entries ? slot + 1 : kept[l];
+      }
+    // Codes by chunk, list % 2, bank, entry. What is neither padding nor weight is a filler.
+    alignas(64) uint8_t nibbles[kMaxChunks * kChunkValues];
+    const auto nibble = [](int entry, int list) {
+      return entry / kChunkEntries * kChunkValues + (list & 1) * kChunkValues / 2 +
+             list / 2 * kChunkEntries + entry % kChunkEntries;
+    };
+    std::memset(nibbles, kFiller, cut.chunks * kChunkValues);
+    std::memset(values, 0, (cut.chunks * kChunkValues + cut.tails * kVector) * sizeof *values);
+    for (int l = 0; l < kLists; ++l) {
+      padding[l] = static_cast<uint8_t>(entries - kept[l]);
+      for (int i = 0; i < padding[l]; ++i) nibbles[nibble(i, l)] = 0;
+    }
+    uint32_t queue[kLists / 2][2 * kRows];  // the tail by bank: value and position
+    int size[kLists / 2] = {};
+    for (int row = 0; row < kBlockWeights; row += kLists) {
+      for (int group = 0; group < kLists; group += 8) {
+        uint64_t used;  // 8 slots; a byte of kNone has its top bit set
+        std::memcpy(&used, slots + row + group, sizeof used);
+        for (used = ~used & 0x8080808080808080ull; used; used &= used - 1) {
+          const int l = group + __builtin_ctzll(used) / 8, at = row + l;
+          if (slots[at] >= entries) {
+            queue[l / 2][size[l / 2]++] = static_cast<uint32_t>(weights[at]) << 16 | (at + kLists);
+            continue;
+          }
+          const int entry = padding[l] + slots[at];
+          nibbles[nibble(entry, l)] = codes[at];
+          values[entry / kChunkEntries * kChunkValues + l / 2 * 2 * kChunkEntries +
+                 entry % kChunkEntries * 2 + (l & 1)] = weights[at];
+        }
+      }
+    }
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(index);
+    for (int chunk = 0; chunk < cut.chunks; ++chunk) {
+      const uint8_t* n = nibbles + chunk * kChunkValues;
+      for (int i = 0; i < kChunkValues / 2; ++i) *bytes++ = n[i] | n[i + kChunkValues / 2] << 4;
+    }
+    // The tail goes round the banks, so that the stores of a warp rarely meet.
+    uint16_t* value = values + cut.chunks * kChunkValues;
+    uint16_t* position = reinterpret_cast<uint16_t*>(bytes);
+    uint16_t* const end = position + cut.tails * kVector;
+    const int rounds = *std::max_element(size, size + kLists / 2);
+    for (int round = 0; round < rounds; ++round)
+      for (int bank = 0; bank < kLists / 2; ++bank)
+        if (round < size[bank]) {
+          *position++ = static_cast<uint16_t>(queue[bank][round]);
+          *value++ = static_cast<uint16_t>(queue[bank][round] >> 16);
+        }
+    std::memset(position, 0, (end - position) * sizeof *position);
+  }
+};
+
+Block CslBlock(const DenseView& w, const tiled_csl::Dims& d, int64_t index) {
   Block b;
-  b.block = index % d.tiles;
-  b.band = index / d.tiles % d.bands;
-  b.shard = index / (d.tiles * d.bands);
-  b.row0 = b.shard * d.rows + b.band * tiled_csl::kTileRows;
+  b.block = index % d.blocks;
+  b.band = index / d.blocks % d.bands;
+  b.shard = index / (d.blocks * d.bands);
+  b.row0 = b.shard * d.rows + b.band * tiled_csl::kBlockRows;
   b.row_end = std::min(w.rows, (b.shard + 1) * d.rows);
-  b.col0 = b.block * tiled_csl::kTileCols;
+  b.col0 = b.block * tiled_csl::kBlockCols;
   return b;
 }
 
 }  // namespace
 
-int64_t CountTiledCsl(const DenseView& w, uint32_t* offsets) {
+TiledCslCapacity CountTiledCsl(const DenseView& w, uint32_t* offsets) {
   using namespace tiled_csl;
   const Dims d(ShardRows(w), w.cols);
-  ParallelChunks(w.shards * d.bands * d.tiles, [&](int64_t begin, int64_t end) {
+  const int64_t shard_blocks = d.bands * d.blocks;
+  ParallelChunks(w.shards * shard_blocks, [&](int64_t begin, int64_t end) {
+    Lists lists;
     for (int64_t index = begin; index < end; ++index) {
-      const Block b = CslTile(w, d, index);
-      const int64_t row_end = std::min(b.row_end, b.row0 + kTileRows);
-      const int64_t col_end = std::min(w.cols, b.col0 + kTileCols);
-      int count = 0;
-      for (int64_t r = b.row0; r < row_end; ++r)
-        for (int64_t c = b.col0; c < col_end; ++c) count += w.data[r * w.cols + c] != 0;
-      offsets[b.shard * d.offsets() + b.band * d.tiles + b.block] = CeilDiv(count, kVector);
+      const Block b = CslBlock(w, d, index);
+      lists.Load(w, b);
+      lists.Scan();
+      const Lists::Cut cut = lists.Choose();
+      uint32_t* o = offsets + b.shard * d.offsets() + 2 * (index - b.shard * shard_blocks);
+      o[0] = static_cast<uint32_t>(cut.chunks), o[1] = static_cast<uint32_t>(cut.tails);
     }
   });
-  int64_t capacity = kVector;
-  for (int64_t s = 0; s < w.shards; ++s)
-    capacity = std::max(capacity, PrefixSum(offsets + s * d.offsets(), d.bands * d.tiles));
+  // Counts to sums, in place.
+  TiledCslCapacity capacity = {kVector, kVectorWords};  // never empty: XLA dislikes size 0
+  for (int64_t s = 0; s < w.shards; ++s) {
+    uint64_t sums[2] = {};
+    uint32_t* o = offsets + s * d.offsets();
+    for (int64_t b = 0; b <= shard_blocks; ++b, o += 2)
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t n = b < shard_blocks ? o[i] : 0;
+        o[i] = static_cast<uint32_t>(sums[i]);
+        sums[i] += n;
+      }
+    if (std::max(sums[0], sums[1]) > UINT32_MAX)
+      throw std::invalid_argument("encode: a shard holds more than 2^35 nonzeros; raise `shards`");
+    capacity.values = std::max<int64_t>(capacity.values, ValueStart(sums[0], sums[1]));
+    capacity.index = std::max<int64_t>(capacity.index, IndexStart(sums[0], sums[1]));
+  }
   return capacity;
 }
 
-void FillTiledCsl(const DenseView& w, const uint32_t* offsets, int64_t capacity,
-                  uint16_t* positions, uint16_t* values) {
+void FillTiledCsl(const DenseView& w, const uint32_t* offsets, TiledCslCapacity capacity,
+                  uint32_t* index, uint16_t* values) {
   using namespace tiled_csl;
   const Dims d(ShardRows(w), w.cols);
-  ParallelChunks(w.shards * d.bands * d.tiles, [&](int64_t begin, int64_t end) {
-    alignas(64) uint16_t patch[kTileWeights];
-    // Value and position, by the bank they store to.
-    alignas(64) uint32_t queue[32][kTileWeights / 32 + 2];
-    for (int64_t index = begin; index < end; ++index) {
-      const Block b = CslTile(w, d, index);
-      LoadPatch(w, b.row0, b.row_end, b.col0, kTileRows, kTileCols, patch);
-      int size[32] = {};
-      for (int r = 0; r < kTileRows; ++r)
-        for (int c = 0; c < kTileCols; c += 2) {  // a pair shares its bank
-          uint32_t pair;
-          std::memcpy(&pair, patch + r * kTileCols + c, sizeof pair);
-          const uint32_t position = Position(r, c);
-          const int bank = Bank(position);
-          uint32_t* q = queue[bank] + size[bank];  // store always, advance if kept
-          const int first = (pair & 0xffff) != 0, second = pair >> 16 != 0;
-          q[0] = pair << 16 | position;
-          q[first] = (pair & 0xffff0000u) | (position + 1);
-          size[bank] += first + second;
-        }
-      const uint32_t* offset = offsets + b.shard * d.offsets() + b.band * d.tiles + b.block;
-      const int64_t first = b.shard * capacity + static_cast<int64_t>(offset[0]) * kVector;
-      const int64_t room = static_cast<int64_t>(offset[1] - offset[0]) * kVector;
-      int64_t n = 0;
-      auto emit = [&](uint32_t entry) {
-        positions[first + n] = static_cast<uint16_t>(entry);
-        values[first + n] = static_cast<uint16_t>(entry >> 16);
-        ++n;
-      };
-      // Rounds that every bank has an entry for, then those that only some have.
-      const auto [shortest, longest] = std::minmax_element(size, size + 32);
-      for (int round = 0; round < *shortest; ++round)
-        for (int bank = 0; bank < 32; ++bank) emit(queue[bank][round]);
-      for (int round = *shortest; round < *longest; ++round)
-        for (int bank = 0; bank < 32; ++bank)
-          if (round < size[bank]) emit(queue[bank][round]);
-      if (n == room) continue;
-      int empty = 0;  // a tile with room left has a zero
-      while (patch[PositionRow(empty) * kTileCols + PositionCol(empty)]) ++empty;
-      for (; n < room; ++n) {
-        positions[first + n] = static_cast<uint16_t>(kPadding | empty);
-        values[first + n] = 0;
-      }
+  const int64_t shard_blocks = d.bands * d.blocks;
+  ParallelChunks(w.shards * shard_blocks, [&](int64_t begin, int64_t end) {
+    Lists lists;
+    for (int64_t i = begin; i < end; ++i) {
+      const Block b = CslBlock(w, d, i);
+      lists.Load(w, b);
+      lists.Scan();
+      const uint32_t* o = offsets + b.shard * d.offsets() + 2 * (i - b.shard * shard_blocks);
+      lists.Write({static_cast<int>(o[2] - o[0]), static_cast<int>(o[3] - o[1])},
+                  values + b.shard * capacity.values + ValueStart(o[0], o[1]),
+                  index + b.shard * capacity.index + IndexStart(o[0], o[1]));
     }
   });
-  for (int64_t s = 0; s < w.shards; ++s) {
-    const int64_t used = static_cast<int64_t>(offsets[(s + 1) * d.offsets() - 1]) * kVector;
-    for (int64_t i = s * capacity + used; i < (s + 1) * capacity; ++i) {
-      positions[i] = kPadding;
-      values[i] = 0;
-    }
+  for (int64_t s = 0; s < w.shards; ++s) {  // shards shorter than the longest
+    const uint32_t* o = offsets + (s + 1) * d.offsets() - 2;
+    std::fill(values + s * capacity.values + ValueStart(o[0], o[1]),
+              values + (s + 1) * capacity.values, 0);
+    std::fill(index + s * capacity.index + IndexStart(o[0], o[1]), index + (s + 1) * capacity.index,
+              0);
   }
 }
 

@@ -18,8 +18,13 @@ int64_t CountBitmap(const DenseView& w, uint32_t* masks, uint32_t* offsets);
 void FillBitmap(const DenseView& w, const uint32_t* masks, const uint32_t* offsets,
                 int64_t capacity, uint16_t* values);
 
-int64_t CountTiledCsl(const DenseView& w, uint32_t* offsets);
-void FillTiledCsl(const DenseView& w, const uint32_t* offsets, int64_t capacity,
-                  uint16_t* positions, uint16_t* values);
+// A block gets the number of chunks that takes the fewest bytes, of equals the most. So
+// V vectors of 8 nonzeros take 32 V bytes at most, as in a tail alone.
+struct TiledCslCapacity {
+  int64_t values, index;  // elements
+};
+TiledCslCapacity CountTiledCsl(const DenseView& w, uint32_t* offsets);
+void FillTiledCsl(const DenseView& w, const uint32_t* offsets, TiledCslCapacity capacity,
+                  uint32_t* index, uint16_t* values);
 
 }  // namespace flashllm

@@ -1,8 +1,8 @@
 // What one instruction set provides, and how the band kernels are called.
 //
-// A band kernel multiplies one band of W (16 rows of a bitmap, 128 of a Tiled-CSL) with a
-// group of `tokens` columns of x and writes fp32 sums[token][row]. Conversion, bias and
-// activation are the caller's.
+// A band kernel multiplies one band of W (16 rows of a bitmap) with a group of `tokens` columns
+// of x and writes fp32 sums[token][row]. Conversion, bias and activation are the caller's, and
+// Tiled-CSL is expanded to a bitmap without zeros first.
 #pragma once
 #include <cstdint>
 
@@ -26,16 +26,6 @@ struct BitmapBand {
   int tokens;
 };
 
-struct TiledCslBand {
-  const uint16_t* positions;  // the shard's
-  const uint16_t* values;
-  const uint32_t* offsets;  // this band's [tiles + 1]
-  int64_t capacity;
-  int64_t tiles;
-  const float* x;  // [tiles * 64][tokens]
-  int tokens;
-};
-
 enum class Status {
   kOk,
   kOutOfRange,  // an offset or a mask points outside `values`
@@ -43,13 +33,11 @@ enum class Status {
 };
 
 using BitmapFn = Status (*)(const BitmapBand&, float* sums);
-using TiledCslFn = Status (*)(const TiledCslBand&, float* sums);
 
 struct Kernels {
   const char* name;
   BitmapFn bitmap_f16, bitmap_bf16;
   BitmapFn bitmap_bf16_dot;  // x in bf16; null where the instruction is missing
-  TiledCslFn csl_f16, csl_bf16;
 };
 
 extern const Kernels kPortableKernels;

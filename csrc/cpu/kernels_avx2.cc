@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #include "kernels.h"
-#include "tiled_csl_band.h"
 
 namespace flashllm {
 namespace {
@@ -119,8 +118,10 @@ Status BitmapAvx2(const BitmapBand& band, float* sums) {
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2",  BitmapAvx2<Half::kF16>,         BitmapAvx2<Half::kBF16>,
-    nullptr, TiledCslBandKernel<Half::kF16>, TiledCslBandKernel<Half::kBF16>,
+    "avx2",
+    BitmapAvx2<Half::kF16>,
+    BitmapAvx2<Half::kBF16>,
+    nullptr,
 };
 
 }  // namespace flashllm

@@ -7,7 +7,6 @@
 #include <immintrin.h>
 
 #include "kernels.h"
-#include "tiled_csl_band.h"
 
 namespace flashllm {
 namespace {
@@ -245,8 +244,6 @@ const Kernels kAvx512Kernels = {
     OneOrManyF16,
     OneOrManyBf16,
     BitmapBf16Dot,
-    TiledCslBandKernel<Half::kF16>,
-    TiledCslBandKernel<Half::kBF16>,
 };
 
 }  // namespace flashllm

@@ -3,7 +3,6 @@
 // A weight that is not stored is a zero, and 0 * Inf is NaN: a token with a non-finite
 // feature is finished by the caller's dense rule (spmm.cc), not here.
 #include "kernels.h"
-#include "tiled_csl_band.h"
 
 namespace flashllm {
 namespace {
@@ -37,8 +36,10 @@ Status BitmapPortable(const BitmapBand& band, float* sums) {
 }  // namespace
 
 const Kernels kPortableKernels = {
-    "portable", BitmapPortable<Half::kF16>,     BitmapPortable<Half::kBF16>,
-    nullptr,    TiledCslBandKernel<Half::kF16>, TiledCslBandKernel<Half::kBF16>,
+    "portable",
+    BitmapPortable<Half::kF16>,
+    BitmapPortable<Half::kBF16>,
+    nullptr,
 };
 
 }  // namespace flashllm

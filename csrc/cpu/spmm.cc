@@ -16,7 +16,6 @@ namespace {
 using ffi::AnyBuffer;
 using ffi::DataType;
 using Words = ffi::Buffer<DataType::U32>;
-using Halves = ffi::Buffer<DataType::U16>;
 
 enum Activation : int64_t { kNone = 0, kRelu = 1, kGelu = 2 };
 
@@ -191,22 +190,64 @@ struct BitmapWeight : Weight {
 };
 
 struct TiledCslWeight : Weight {
-  static constexpr int kRows = tiled_csl::kTileRows;
-  const uint16_t* positions;
+  static constexpr int kRows = tiled_csl::kBlockRows;
+  const uint32_t* index;
+  int64_t index_capacity;
   const uint32_t* offsets;
   tiled_csl::Dims dims;
 
+  struct Block {
+    const uint32_t* index;
+    int64_t value;  // the block's first, counted from the shard's
+    int chunks, tails;
+  };
+
+  // False if the offsets point outside the buffers.
+  bool Locate(int64_t shard, int64_t band, int64_t block, Block* b) const {
+    using namespace tiled_csl;
+    const uint32_t* o = offsets + shard * dims.offsets() + 2 * (band * dims.blocks + block);
+    const int64_t c0 = o[0], t0 = o[1], c1 = o[2], t1 = o[3];
+    *b = {index + shard * index_capacity + IndexStart(c0, t0), ValueStart(c0, t0),
+          static_cast<int>(c1 - c0), static_cast<int>(t1 - t0)};
+    return c0 <= c1 && c1 - c0 <= kMaxChunks && t0 <= t1 && t1 - t0 <= kMaxTail &&
+           ValueStart(c1, t1) <= shards.capacity && IndexStart(c1, t1) <= index_capacity;
+  }
+
+  // f(half of the dense block, index into the shard's values) for every stored weight.
+  template <typename F>
+  static Status WalkBlock(const Block& b, F f) {
+    using namespace tiled_csl;
+    uint8_t row[kLists] = {}, before[kLists] = {};  // of the entry before
+    const uint32_t* words = b.index;
+    int64_t at = b.value;
+    for (int chunk = 0; chunk < b.chunks; ++chunk)
+      for (int bank = 0; bank < kLists / 2; ++bank, ++words)
+        for (int i = 0; i < 2 * kChunkEntries; ++i, ++at) {
+          const int code = *words >> (4 * i) & 15, list = 2 * bank + i % 2;
+          const bool live = code ? code != kFiller : before[list] == kFiller;
+          if ((row[list] += code) > tiled_csl::kRows) return Status::kOutOfRange;
+          before[list] = code;
+          if (live) f((row[list] - 1) * kLists + list, at);
+        }
+    for (int i = 0; i < b.tails * kVector; ++i, ++at) {
+      const int position = words[i / 2] >> (16 * (i % 2)) & 0xffff;
+      if (position >= kLists + kBlockWeights) return Status::kOutOfRange;
+      if (position >= kLists) f(position - kLists, at);
+    }
+    return Status::kOk;
+  }
+
+  // As a bitmap's: f(row, col, index into the shard's values).
   template <typename F>
   Status Walk(int64_t shard, int64_t band, F f) const {
     using namespace tiled_csl;
-    const uint32_t* o = offsets + shard * dims.offsets() + band * dims.tiles;
-    const uint16_t* p = positions + shard * shards.capacity;
-    for (int64_t tile = 0; tile < dims.tiles; ++tile) {
-      const int64_t begin = static_cast<int64_t>(o[tile]) * kVector;
-      const int64_t end = static_cast<int64_t>(o[tile + 1]) * kVector;
-      if (begin > end || end > shards.capacity) return Status::kOutOfRange;
-      for (int64_t at = begin; at < end; ++at)
-        if (!(p[at] & kPadding)) f(PositionRow(p[at]), tile * kTileCols + PositionCol(p[at]), at);
+    for (int64_t block = 0; block < dims.blocks; ++block) {
+      Block b;
+      if (!Locate(shard, band, block, &b)) return Status::kOutOfRange;
+      const Status status = WalkBlock(b, [&](int half, int64_t at) {
+        f(HalfRow(half), block * kBlockCols + HalfCol(half), at);
+      });
+      if (status != Status::kOk) return status;
     }
     return Status::kOk;
   }
@@ -237,7 +278,7 @@ int64_t Workers(ffi::ThreadPool& pool, int64_t work) {
 }
 
 const char kOutOfRangeMessage[] =
-    "an offset or mask points outside the values; the weight was not made by encode: "
+    "an offset, mask or index points outside the values; the weight was not made by encode: "
     "call w.validate()";
 
 ffi::Error RunBitmap(ffi::ThreadPool& pool, const BitmapWeight& w, const Activations& x,
@@ -319,49 +360,98 @@ ffi::Error RunBitmap(ffi::ThreadPool& pool, const BitmapWeight& w, const Activat
   return ffi::Error::Success();
 }
 
+// Columns of W that a thread expands at a time: 64 rows of them stay in its L2 cache.
+constexpr int64_t kSlabBlocks = 16;
+constexpr int64_t kSlabTiles = kSlabBlocks * tiled_csl::kBlockCols / bitmap::kTileCols;
+
+// Blocks of Tiled-CSL expanded to four bands of a bitmap without zeros, which the bitmap's
+// kernels multiply. The two orders of halves differ in one swap: registers 1 and 2 of a lane.
+struct Slab {
+  static constexpr int kBands = tiled_csl::kBlockRows / bitmap::kBandRows;
+  static constexpr int64_t kBandValues = kSlabTiles * bitmap::kBandRows * bitmap::kTileCols;
+  static constexpr int64_t kReadAhead = bitmap::kBlockWeights + 32;  // of BlockValues
+
+  uint16_t values[kBands * kBandValues + kReadAhead];
+
+  Status Expand(const TiledCslWeight& w, int64_t shard, int64_t band, int64_t first, int64_t end) {
+    using namespace tiled_csl;
+    std::memset(values, 0, sizeof values);
+    const uint16_t* from = w.values + shard * w.shards.capacity;
+    for (int64_t block = first; block < end; ++block) {
+      TiledCslWeight::Block b;
+      if (!w.Locate(shard, band, block, &b)) return Status::kOutOfRange;
+      constexpr int kPart = kBlockWeights / kBands;  // 16 rows of a block, two tiles
+      uint16_t* to = values + (block - first) * kPart;
+      const Status status = TiledCslWeight::WalkBlock(b, [&](int half, int64_t at) {
+        const int in_order = (half & ~6) | (half & 2) << 1 | (half & 4) >> 1;
+        to[half / kPart * kBandValues + in_order % kPart] = from[at];
+      });
+      if (status != Status::kOk) return status;
+    }
+    return Status::kOk;
+  }
+
+  // sums[token][64 rows] += the product with x, packed from the slab's first tile on.
+  Status Multiply(BitmapFn f, const float* x, int tokens, int64_t tiles, float* sums) const {
+    static const struct Full {
+      uint32_t masks[kSlabTiles * bitmap::kLanes];
+      uint32_t offsets[kSlabTiles / bitmap::kBlockTiles + 1];
+      Full() {
+        std::fill(std::begin(masks), std::end(masks), ~0u);
+        for (uint32_t i = 0; i < std::size(offsets); ++i)
+          offsets[i] = i * (bitmap::kBlockWeights / bitmap::kVector);
+      }
+    } full;
+    for (int i = 0; i < kBands; ++i) {
+      const BitmapBand b = {
+          full.masks, full.offsets, values + i * kBandValues, kBandValues + kReadAhead, tiles,
+          x,          tokens};
+      float part[kMaxTokens * bitmap::kBandRows];
+      if (const Status status = f(b, part); status != Status::kOk) return status;
+      for (int t = 0; t < tokens; ++t)
+        for (int r = 0; r < bitmap::kBandRows; ++r)
+          sums[t * tiled_csl::kBlockRows + i * bitmap::kBandRows + r] +=
+              part[t * bitmap::kBandRows + r];
+    }
+    return Status::kOk;
+  }
+};
+
 ffi::Error RunTiledCsl(ffi::ThreadPool& pool, const TiledCslWeight& w, const Activations& x,
                        const Output& y) {
-  const Kernels& kernels = Active();
+  const BitmapFn f = w.bf16 ? Active().bitmap_bf16 : Active().bitmap_f16;
   const auto& d = w.dims;
+  const int64_t tiles = bitmap::Dims(w.shards.rows, w.k).tiles;
   std::atomic<bool> out_of_range{false};
   for (int64_t first = 0; first < x.tokens; first += kMaxTokens) {
     const int tokens = static_cast<int>(std::min<int64_t>(kMaxTokens, x.tokens - first));
     const int64_t work = w.shards.count * w.shards.rows * w.k * (1 + tokens / 4);
-    float* packed = Scratch<float>(d.tiles * tiled_csl::kTileCols * tokens);
+    const int64_t packed_tile = bitmap::kSteps * tokens * 32;
+    float* packed = Scratch<float>(tiles * packed_tile);
     XFlags flags;
-    ParallelFor(pool, Workers(pool, x.k * tokens), d.tiles, [&](int64_t tile) {
-      float row[tiled_csl::kTileCols];
-      float* out = packed + tile * tiled_csl::kTileCols * tokens;
-      for (int t = 0; t < tokens; ++t) {
-        LoadColumns(x, first + t, tile * tiled_csl::kTileCols, tiled_csl::kTileCols, row);
-        for (int c = 0; c < tiled_csl::kTileCols; ++c) {
-          if ((FloatToBits(row[c]) & 0x7f800000) == 0x7f800000) flags.non_finite = true;
-          out[c * tokens + t] = row[c];
-        }
-      }
+    ParallelFor(pool, Workers(pool, x.k * tokens), tiles, [&](int64_t tile) {
+      PackTile(x, first, tokens, tile, packed + tile * packed_tile, flags,
+               [](float v) { return v; });
     });
     ParallelFor(pool, Workers(pool, work), w.shards.count * d.bands, [&](int64_t index) {
       const int64_t shard = index / d.bands, band = index % d.bands;
-      TiledCslBand b;
-      b.positions = w.positions + shard * w.shards.capacity;
-      b.values = w.values + shard * w.shards.capacity;
-      b.offsets = w.offsets + shard * d.offsets() + band * d.tiles;
-      b.capacity = w.shards.capacity;
-      b.tiles = d.tiles;
-      b.x = packed;
-      b.tokens = tokens;
-      float sums[kMaxTokens * tiled_csl::kTileRows];
-      const Status status = flags.non_finite
-                                ? DenseBand(w, shard, band, x, first, tokens, sums)
-                                : (w.bf16 ? kernels.csl_bf16 : kernels.csl_f16)(b, sums);
-      if (status == Status::kOutOfRange) {
-        out_of_range = true;
-        return;
+      Slab& slab = *Scratch<Slab>(1);
+      float sums[kMaxTokens * tiled_csl::kBlockRows] = {};
+      for (int64_t block = 0; block < d.blocks; block += kSlabBlocks) {
+        const int64_t tile = block * tiled_csl::kBlockCols / bitmap::kTileCols;
+        Status status = slab.Expand(w, shard, band, block, std::min(block + kSlabBlocks, d.blocks));
+        if (status == Status::kOk)
+          status = slab.Multiply(f, packed + tile * packed_tile, tokens,
+                                 std::min(kSlabTiles, tiles - tile), sums);
+        if (status != Status::kOk) {
+          out_of_range = true;
+          return;
+        }
       }
-      const int64_t row = band * tiled_csl::kTileRows;
-      const int64_t rows = std::min<int64_t>(tiled_csl::kTileRows, w.shards.rows - row);
+      const int64_t row = band * tiled_csl::kBlockRows;
+      const int64_t rows = std::min<int64_t>(tiled_csl::kBlockRows, w.shards.rows - row);
       for (int t = 0; t < tokens; ++t)
-        y.Store(first + t, shard * w.shards.rows + row, sums + t * tiled_csl::kTileRows, rows);
+        y.Store(first + t, shard * w.shards.rows + row, sums + t * tiled_csl::kBlockRows, rows);
     });
     if (out_of_range) return Bad(kOutOfRangeMessage);
   }
@@ -425,15 +515,16 @@ ffi::ErrorOr<BitmapWeight> MakeBitmap(const Words& masks, const Words& offsets, 
 }
 
 template <typename V>
-ffi::ErrorOr<TiledCslWeight> MakeTiledCsl(const Halves& positions, const Words& offsets,
-                                          const V& values, int64_t m, int64_t k) {
+ffi::ErrorOr<TiledCslWeight> MakeTiledCsl(const Words& index, const Words& offsets, const V& values,
+                                          int64_t m, int64_t k) {
   auto shards = CheckValues(values, m, k);
   if (shards.has_error()) return ffi::Unexpected(shards.error());
-  const auto error = CheckTiledCsl(*shards, k, positions.element_count(), offsets.element_count());
+  const auto error = CheckTiledCsl(*shards, k, index.element_count(), offsets.element_count());
   if (error.failure()) return ffi::Unexpected(error);
   return TiledCslWeight{{*shards, k, values.element_type() == DataType::BF16,
                          static_cast<const uint16_t*>(values.untyped_data())},
-                        positions.typed_data(),
+                        index.typed_data(),
+                        static_cast<int64_t>(index.element_count()) / shards->count,
                         offsets.typed_data(),
                         tiled_csl::Dims(shards->rows, k)};
 }
@@ -472,10 +563,10 @@ ffi::Error SpmmBitmap(ffi::ThreadPool pool, Words masks, Words offsets, AnyBuffe
   return RunBitmap(pool, *w, MakeX(x, k), MakeY(w->shards, *y, bias, activation));
 }
 
-ffi::Error SpmmTiledCsl(ffi::ThreadPool pool, Halves positions, Words offsets, AnyBuffer values,
+ffi::Error SpmmTiledCsl(ffi::ThreadPool pool, Words index, Words offsets, AnyBuffer values,
                         AnyBuffer x, AnyBuffer bias, ffi::Result<AnyBuffer> y, int64_t m, int64_t k,
                         int64_t activation) {
-  auto w = MakeTiledCsl(positions, offsets, values, m, k);
+  auto w = MakeTiledCsl(index, offsets, values, m, k);
   if (w.has_error()) return w.error();
   if (auto e = CheckOperands(w->shards, k, x, bias, *y); e.failure()) return e;
   return RunTiledCsl(pool, *w, MakeX(x, k), MakeY(w->shards, *y, bias, activation));
@@ -495,9 +586,9 @@ ffi::Error DecodeBitmap(ffi::ThreadPool pool, Words masks, Words offsets, AnyBuf
   return w.has_error() ? w.error() : Decode(pool, *w, *out);
 }
 
-ffi::Error DecodeTiledCsl(ffi::ThreadPool pool, Halves positions, Words offsets, AnyBuffer values,
+ffi::Error DecodeTiledCsl(ffi::ThreadPool pool, Words index, Words offsets, AnyBuffer values,
                           ffi::Result<AnyBuffer> out, int64_t m, int64_t k) {
-  auto w = MakeTiledCsl(positions, offsets, values, m, k);
+  auto w = MakeTiledCsl(index, offsets, values, m, k);
   return w.has_error() ? w.error() : Decode(pool, *w, *out);
 }
 
@@ -516,9 +607,9 @@ ffi::Error SampleBitmap(ffi::ThreadPool pool, Words masks, Words offsets, AnyBuf
   return w.has_error() ? w.error() : Sample(pool, *w, dense, *out);
 }
 
-ffi::Error SampleTiledCsl(ffi::ThreadPool pool, Halves positions, Words offsets, AnyBuffer dense,
+ffi::Error SampleTiledCsl(ffi::ThreadPool pool, Words index, Words offsets, AnyBuffer dense,
                           ffi::Result<AnyBuffer> out, int64_t m, int64_t k) {
-  auto w = MakeTiledCsl(positions, offsets, *out, m, k);
+  auto w = MakeTiledCsl(index, offsets, *out, m, k);
   return w.has_error() ? w.error() : Sample(pool, *w, dense, *out);
 }
 
@@ -558,7 +649,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmBitmapCpu, SpmmBitmap,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmTiledCslCpu, SpmmTiledCsl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Halves>()
+                                  .Arg<Words>()
                                   .Arg<Words>()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
@@ -568,19 +659,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmTiledCslCpu, SpmmTiledCsl,
                                   .Attr<int64_t>("k")
                                   .Attr<int64_t>("activation"));
 
-#define FLASHLLM_UNARY_HANDLER(symbol, function, Index)     \
+#define FLASHLLM_UNARY_HANDLER(symbol, function)            \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function,           \
                                 ffi::Ffi::Bind()            \
                                     .Ctx<ffi::ThreadPool>() \
-                                    .Arg<Index>()           \
+                                    .Arg<Words>()           \
                                     .Arg<Words>()           \
                                     .Arg<AnyBuffer>()       \
                                     .Ret<AnyBuffer>()       \
                                     .Attr<int64_t>("m")     \
                                     .Attr<int64_t>("k"))
-FLASHLLM_UNARY_HANDLER(kDecodeBitmapCpu, DecodeBitmap, Words);
-FLASHLLM_UNARY_HANDLER(kDecodeTiledCslCpu, DecodeTiledCsl, Halves);
-FLASHLLM_UNARY_HANDLER(kSampleBitmapCpu, SampleBitmap, Words);
-FLASHLLM_UNARY_HANDLER(kSampleTiledCslCpu, SampleTiledCsl, Halves);
+FLASHLLM_UNARY_HANDLER(kDecodeBitmapCpu, DecodeBitmap);
+FLASHLLM_UNARY_HANDLER(kDecodeTiledCslCpu, DecodeTiledCsl);
+FLASHLLM_UNARY_HANDLER(kSampleBitmapCpu, SampleBitmap);
+FLASHLLM_UNARY_HANDLER(kSampleTiledCslCpu, SampleTiledCsl);
 
 }  // namespace flashllm

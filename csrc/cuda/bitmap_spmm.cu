@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
   auto load_masks = [&](int strip, int block, uint32_t (&masks)[kBlockTiles]) {
     const int band = strip * a.warps + warp;
     const int tile = block * kBlockTiles;
-    const uint32_t* p = a.masks + (int64_t(band) * a.tiles + tile) * 32 + lane;
+    const uint32_t* p = a.index + (int64_t(band) * a.tiles + tile) * 32 + lane;
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i)
       masks[i] = band < a.bands && tile + i < a.tiles ? ptx::LoadStream4(p + i * 32) : 0;

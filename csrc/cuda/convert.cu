@@ -2,6 +2,7 @@
 #include "../bitmap.h"
 #include "../tiled_csl.h"
 #include "strips.cuh"
+#include "tiled_csl_block.cuh"
 
 namespace flashllm::cuda {
 namespace {
@@ -9,11 +10,10 @@ namespace {
 constexpr int kThreads = 256;
 
 struct Matrix {
-  const uint32_t* masks;
-  const uint16_t* positions;
+  const uint32_t* index;
   const uint32_t* offsets;
-  int64_t rows, k, capacity;  // of a shard; capacity in values
-  int bands, tiles, blocks;   // of a shard; blocks a band
+  int64_t rows, k, capacity, index_capacity;  // of a shard; capacities in elements
+  int bands, tiles, blocks;                   // of a shard; blocks a band
   int64_t shard_offsets, blocks_total;
 };
 
@@ -27,7 +27,7 @@ __device__ inline Extent BlockExtent(const Matrix& w, int64_t shard, int64_t at,
   return {shard * w.capacity + begin, shard * w.capacity + max(begin, min(end, begin + most))};
 }
 
-// Zeroes what lies behind a shard's last block.
+// Zeroes what lies behind a shard's last block of a bitmap.
 __device__ inline void ClearTail(const Matrix& w, int64_t shards, uint16_t* values) {
   for (int64_t s = 0; s < shards; ++s) {
     const int64_t used =
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < bitmap::kBlockTiles; ++i) {
     const int tile = block * bitmap::kBlockTiles + i;
     if (tile >= w.tiles) break;
-    const uint32_t mask = w.masks[(band * w.tiles + tile) * 32 + lane];
+    const uint32_t mask = w.index[(band * w.tiles + tile) * 32 + lane];
     for (int step = 0; step < bitmap::kSteps; ++step) {
       const uint32_t bits = mask >> (8 * step) & 0xff;
       int before = __popc(bits);
@@ -86,44 +86,39 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t p = at + lane; p < extent.end; p += 32) to[p] = 0;
 }
 
-// One CTA a tile of 128 x 64.
+// One CTA a block of 64 x 128. Sampling finds `to` zeroed and leaves dead entries alone.
 template <bool kDecode>
 __global__ void __launch_bounds__(kThreads)
-    TiledCslConvert(Matrix w, int64_t shards, const uint16_t* from, uint16_t* to) {
+    TiledCslConvert(Matrix w, const uint16_t* from, uint16_t* to) {
   using namespace tiled_csl;
-  __shared__ uint16_t dense[kTileWeights];
-  if (!kDecode) ClearTail(w, shards, to);
-  const int64_t index = blockIdx.x;
-  const int tile = static_cast<int>(index % w.tiles);
-  const int64_t band = index / w.tiles, shard = band / w.bands;
-  const int64_t row0 = band % w.bands * kTileRows, col0 = int64_t(tile) * kTileCols;
-  const Extent extent = BlockExtent(
-      w, shard, shard * w.shard_offsets + (band % w.bands) * w.tiles + tile, kTileWeights);
+  __shared__ uint16_t dense[kBlockWeights];
+  const int64_t band = blockIdx.x / w.blocks, shard = band / w.bands;
+  const int64_t row0 = band % w.bands * kBlockRows, col0 = blockIdx.x % w.blocks * kBlockCols;
+  const CslBlock b =
+      LocateBlock(w.index, w.offsets, w.index_capacity / 4, w.capacity / 8, shard, w.shard_offsets,
+                  band % w.bands * w.blocks + blockIdx.x % w.blocks);
+  const auto element = [&](int half) {  // of the dense matrix, -1 outside of it
+    const int64_t row = row0 + HalfRow(half), col = col0 + HalfCol(half);
+    return row < w.rows && col < w.k ? (shard * w.rows + row) * w.k + col : -1;
+  };
   if (kDecode) {
-    for (int i = threadIdx.x; i < kTileWeights; i += kThreads) dense[i] = 0;
+    for (int i = threadIdx.x; i < kBlockWeights; i += kThreads) dense[i] = 0;
     __syncthreads();
-    for (int64_t p = extent.base + threadIdx.x; p < extent.end; p += kThreads)
-      if (!(w.positions[p] & kPadding)) dense[w.positions[p] & kPositionMask] = from[p];
+    ForEachWeight<kThreads>(
+        b, [&](int position, int64_t at) { dense[position - kLists] = from[b.value + at]; });
     __syncthreads();
-    for (int i = threadIdx.x; i < kTileWeights; i += kThreads) {
-      const int64_t row = row0 + i / kTileCols, col = col0 + i % kTileCols;
-      if (row < w.rows && col < w.k)
-        to[(shard * w.rows + row) * w.k + col] = dense[Position(i / kTileCols, i % kTileCols)];
-    }
+    for (int i = threadIdx.x; i < kBlockWeights; i += kThreads)
+      if (const int64_t e = element(i); e >= 0) to[e] = dense[i];
   } else {
-    for (int64_t p = extent.base + threadIdx.x; p < extent.end; p += kThreads) {
-      const int position = w.positions[p];
-      const int64_t row = row0 + PositionRow(position), col = col0 + PositionCol(position);
-      to[p] = !(position & kPadding) && row < w.rows && col < w.k
-                  ? from[(shard * w.rows + row) * w.k + col]
-                  : 0;
-    }
+    ForEachWeight<kThreads>(b, [&](int position, int64_t at) {
+      if (const int64_t e = element(position - kLists); e >= 0) to[b.value + at] = from[e];
+    });
   }
 }
 
 template <bool kDecode>
 cudaError_t Convert(cudaStream_t stream, const Problem& p, const uint16_t* from, uint16_t* to) {
-  Matrix w = {p.masks, p.positions, p.offsets, p.rows, p.k, p.capacity};
+  Matrix w = {p.index, p.offsets, p.rows, p.k, p.capacity, p.index_capacity};
   if (p.format == Format::kBitmap) {
     const bitmap::Dims d(p.rows, p.k);
     w.bands = d.bands, w.tiles = d.tiles, w.blocks = d.blocks;
@@ -132,12 +127,14 @@ cudaError_t Convert(cudaStream_t stream, const Problem& p, const uint16_t* from,
     const unsigned grid = CeilDiv(w.blocks_total, kThreads / 32);
     BitmapConvert<kDecode><<<grid, kThreads, 0, stream>>>(w, p.shards, from, to);
   } else {
+    if (!kDecode)
+      if (cudaError_t e = cudaMemsetAsync(to, 0, p.shards * p.capacity * 2, stream)) return e;
     const tiled_csl::Dims d(p.rows, p.k);
-    w.bands = d.bands, w.tiles = w.blocks = d.tiles;
+    w.bands = d.bands, w.blocks = d.blocks;
     w.shard_offsets = d.offsets();
-    w.blocks_total = p.shards * d.bands * d.tiles;
+    w.blocks_total = p.shards * d.bands * d.blocks;
     TiledCslConvert<kDecode>
-        <<<static_cast<unsigned>(w.blocks_total), kThreads, 0, stream>>>(w, p.shards, from, to);
+        <<<static_cast<unsigned>(w.blocks_total), kThreads, 0, stream>>>(w, from, to);
   }
   return cudaGetLastError();
 }

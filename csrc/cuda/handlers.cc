@@ -14,7 +14,6 @@ namespace {
 using ffi::AnyBuffer;
 using ffi::DataType;
 using Words = ffi::Buffer<DataType::U32>;
-using Halves = ffi::Buffer<DataType::U16>;
 using Stream = ffi::PlatformStream<cudaStream_t>;
 
 // ---- devices ----
@@ -58,31 +57,19 @@ bool IsFloat(DataType t) { return IsHalf(t) || t == DataType::F32; }
 
 // W's part of a Problem. `values` may be a result: the output of sample.
 template <typename V>
-ffi::Error SetWeight(const Words& masks, const Words& offsets, const V& values, int64_t m,
-                     int64_t k, Problem* p) {
+ffi::Error SetWeight(Format format, const Words& index, const Words& offsets, const V& values,
+                     int64_t m, int64_t k, Problem* p) {
   auto shards = CheckValues(values, m, k);
   if (shards.has_error()) return shards.error();
-  p->format = Format::kBitmap;
-  p->masks = masks.typed_data();
+  p->format = format;
+  p->index = index.typed_data();
   p->offsets = offsets.typed_data();
   p->shards = shards->count, p->rows = shards->rows, p->capacity = shards->capacity, p->k = k;
+  p->index_capacity = static_cast<int64_t>(index.element_count()) / shards->count;
   p->weight = TypeOf(values.element_type());
   p->values = static_cast<const uint16_t*>(values.untyped_data());
-  return CheckBitmap(*shards, k, masks.element_count(), offsets.element_count());
-}
-
-template <typename V>
-ffi::Error SetWeight(const Halves& positions, const Words& offsets, const V& values, int64_t m,
-                     int64_t k, Problem* p) {
-  auto shards = CheckValues(values, m, k);
-  if (shards.has_error()) return shards.error();
-  p->format = Format::kTiledCsl;
-  p->positions = positions.typed_data();
-  p->offsets = offsets.typed_data();
-  p->shards = shards->count, p->rows = shards->rows, p->capacity = shards->capacity, p->k = k;
-  p->weight = TypeOf(values.element_type());
-  p->values = static_cast<const uint16_t*>(values.untyped_data());
-  return CheckTiledCsl(*shards, k, positions.element_count(), offsets.element_count());
+  const auto check = format == Format::kBitmap ? CheckBitmap : CheckTiledCsl;
+  return check(*shards, k, index.element_count(), offsets.element_count());
 }
 
 bool IsDense(const Problem& p, const AnyBuffer& dense) {
@@ -92,13 +79,13 @@ bool IsDense(const Problem& p, const AnyBuffer& dense) {
 
 // ---- handlers ----
 
-template <typename Index>
-ffi::Error SpmmHandler(cudaStream_t stream, Index index, Words offsets, AnyBuffer values,
+template <Format kFormat>
+ffi::Error SpmmHandler(cudaStream_t stream, Words index, Words offsets, AnyBuffer values,
                        AnyBuffer x, AnyBuffer bias, ffi::Result<AnyBuffer> y,
                        ffi::Result<AnyBuffer> workspace, int64_t m, int64_t k, int64_t activation,
                        int64_t ctas, int64_t warps, int64_t group, int64_t chunk) {
   Problem p = {};
-  if (auto e = SetWeight(index, offsets, values, m, k, &p); e.failure()) return e;
+  if (auto e = SetWeight(kFormat, index, offsets, values, m, k, &p); e.failure()) return e;
   const int64_t rows = p.shards * p.rows, size = static_cast<int64_t>(x.element_count());
   if (!IsFloat(x.element_type()) || y->element_type() != x.element_type())
     return Bad("x and y must both be float16, bfloat16 or float32");
@@ -125,56 +112,54 @@ ffi::Error SpmmHandler(cudaStream_t stream, Index index, Words offsets, AnyBuffe
   return why ? Bad(why) : Check(e, "spmm");
 }
 
-template <typename Index>
-ffi::Error DecodeHandler(cudaStream_t stream, Index index, Words offsets, AnyBuffer values,
+template <Format kFormat>
+ffi::Error DecodeHandler(cudaStream_t stream, Words index, Words offsets, AnyBuffer values,
                          ffi::Result<AnyBuffer> out, int64_t m, int64_t k) {
   Problem p = {};
-  if (auto e = SetWeight(index, offsets, values, m, k, &p); e.failure()) return e;
+  if (auto e = SetWeight(kFormat, index, offsets, values, m, k, &p); e.failure()) return e;
   if (!IsDense(p, *out)) return Bad("decode: the output does not fit the weight's shape");
   return Check(Decode(stream, p, static_cast<uint16_t*>(out->untyped_data())), "decode");
 }
 
-template <typename Index>
-ffi::Error SampleHandler(cudaStream_t stream, Index index, Words offsets, AnyBuffer dense,
+template <Format kFormat>
+ffi::Error SampleHandler(cudaStream_t stream, Words index, Words offsets, AnyBuffer dense,
                          ffi::Result<AnyBuffer> out, int64_t m, int64_t k) {
   Problem p = {};
-  if (auto e = SetWeight(index, offsets, *out, m, k, &p); e.failure()) return e;
+  if (auto e = SetWeight(kFormat, index, offsets, *out, m, k, &p); e.failure()) return e;
   if (!IsDense(p, dense)) return Bad("sample: the dense matrix does not fit the weight's shape");
   return Check(Sample(stream, p, static_cast<const uint16_t*>(dense.untyped_data()),
                       static_cast<uint16_t*>(out->untyped_data())),
                "sample");
 }
 
-template <typename Index>
 auto BindSpmm() {
   return ffi::Ffi::Bind()
       .Ctx<Stream>()
-      .Arg<Index>()
-      .template Arg<Words>()
-      .template Arg<AnyBuffer>()
-      .template Arg<AnyBuffer>()
-      .template Arg<AnyBuffer>()
-      .template Ret<AnyBuffer>()
-      .template Ret<AnyBuffer>()
-      .template Attr<int64_t>("m")
-      .template Attr<int64_t>("k")
-      .template Attr<int64_t>("activation")
-      .template Attr<int64_t>("ctas")
-      .template Attr<int64_t>("warps")
-      .template Attr<int64_t>("group")
-      .template Attr<int64_t>("chunk");
+      .Arg<Words>()
+      .Arg<Words>()
+      .Arg<AnyBuffer>()
+      .Arg<AnyBuffer>()
+      .Arg<AnyBuffer>()
+      .Ret<AnyBuffer>()
+      .Ret<AnyBuffer>()
+      .Attr<int64_t>("m")
+      .Attr<int64_t>("k")
+      .Attr<int64_t>("activation")
+      .Attr<int64_t>("ctas")
+      .Attr<int64_t>("warps")
+      .Attr<int64_t>("group")
+      .Attr<int64_t>("chunk");
 }
 
-template <typename Index>
 auto BindUnary() {
   return ffi::Ffi::Bind()
       .Ctx<Stream>()
-      .Arg<Index>()
-      .template Arg<Words>()
-      .template Arg<AnyBuffer>()
-      .template Ret<AnyBuffer>()
-      .template Attr<int64_t>("m")
-      .template Attr<int64_t>("k");
+      .Arg<Words>()
+      .Arg<Words>()
+      .Arg<AnyBuffer>()
+      .Ret<AnyBuffer>()
+      .Attr<int64_t>("m")
+      .Attr<int64_t>("k");
 }
 
 constexpr auto kCapturable = ffi::Traits::kCmdBufferCompatible;
@@ -182,12 +167,14 @@ constexpr auto kCapturable = ffi::Traits::kCmdBufferCompatible;
 XLA_FFI_DEFINE_HANDLER(
     kInitialize, Initialize,
     ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
-XLA_FFI_DEFINE_HANDLER(kSpmmBitmap, SpmmHandler<Words>, BindSpmm<Words>(), {kCapturable});
-XLA_FFI_DEFINE_HANDLER(kSpmmTiledCsl, SpmmHandler<Halves>, BindSpmm<Halves>(), {kCapturable});
-XLA_FFI_DEFINE_HANDLER(kDecodeBitmap, DecodeHandler<Words>, BindUnary<Words>(), {kCapturable});
-XLA_FFI_DEFINE_HANDLER(kDecodeTiledCsl, DecodeHandler<Halves>, BindUnary<Halves>(), {kCapturable});
-XLA_FFI_DEFINE_HANDLER(kSampleBitmap, SampleHandler<Words>, BindUnary<Words>(), {kCapturable});
-XLA_FFI_DEFINE_HANDLER(kSampleTiledCsl, SampleHandler<Halves>, BindUnary<Halves>(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kSpmmBitmap, SpmmHandler<Format::kBitmap>, BindSpmm(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kSpmmTiledCsl, SpmmHandler<Format::kTiledCsl>, BindSpmm(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kDecodeBitmap, DecodeHandler<Format::kBitmap>, BindUnary(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kDecodeTiledCsl, DecodeHandler<Format::kTiledCsl>, BindUnary(),
+                       {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kSampleBitmap, SampleHandler<Format::kBitmap>, BindUnary(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kSampleTiledCsl, SampleHandler<Format::kTiledCsl>, BindUnary(),
+                       {kCapturable});
 
 }  // namespace
 

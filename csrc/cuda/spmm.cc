@@ -17,8 +17,7 @@ size_t TypeBytes(Type t) { return t == Type::kF32 ? 4 : 2; }
 
 Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
   Args a = {};
-  a.masks = p.masks;
-  a.positions = p.positions;
+  a.index = p.index;
   a.offsets = p.offsets;
   a.values = p.values;
   a.terms = Terms(p.weight, p.token);
@@ -28,6 +27,7 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
   a.x_stride = PaddedK(p.k);
   a.out = {p.y, p.bias, p.token, p.bias_type, p.activation, p.shards * p.rows};
   a.capacity = p.capacity / 8;
+  a.index_capacity = p.index_capacity / 4;
   a.shard_rows = static_cast<int>(p.rows);
   if (p.format == Format::kBitmap) {
     const bitmap::Dims d(p.rows, p.k);
@@ -37,8 +37,8 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
     a.shard_offsets = static_cast<int>(d.offsets());
   } else {
     const tiled_csl::Dims d(p.rows, p.k);
-    a.shard_bands = static_cast<int>(d.bands) * tiled_csl::kTileRows / 16;
-    a.tiles = a.blocks = static_cast<int>(d.tiles);
+    a.shard_bands = static_cast<int>(d.bands) * tiled_csl::kBlockRows / 16;
+    a.blocks = static_cast<int>(d.blocks);
     a.shard_offsets = static_cast<int>(d.offsets());
   }
   a.bands = static_cast<int>(p.shards) * a.shard_bands;
@@ -73,7 +73,8 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
   };
   if (plan.ctas < 1 || plan.warps < 1 || plan.chunk < 1 || plan.group < 8)
     return refuse("the plan's attributes must be positive");
-  if (p.capacity % 8) return refuse("the capacity of values must be a multiple of 8");
+  if (p.capacity % 8 || p.index_capacity % 4)
+    return refuse("the capacities of values and index must be multiples of 16 bytes");
   const size_t x_row = p.k * TypeBytes(p.token), y_row = p.shards * p.rows * TypeBytes(p.token);
   for (int64_t n0 = 0; n0 < p.n; n0 += plan.chunk) {
     const int64_t n = std::min(plan.chunk, p.n - n0);

@@ -5,7 +5,7 @@
 //          dtype or ragged K        +-- a CTA's finished strips go straight to y
 //
 // Work is cut into strips (16 rows a warp, `warps` warps a CTA) and units (a strip over 256
-// columns of a bitmap, or 64 of Tiled-CSL). CTA c takes the contiguous units
+// columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous units
 // [c U / C, (c + 1) U / C): whole strips mostly, so that few sums have to be combined, and
 // always in order of K, so that the same input gives the same bits.
 #pragma once
@@ -21,14 +21,14 @@ enum class Format : int { kBitmap, kTiledCsl };
 
 struct Problem {
   Format format;
-  const uint32_t* masks;      // bitmap
-  const uint16_t* positions;  // Tiled-CSL
+  const uint32_t* index;  // masks of a bitmap, index of Tiled-CSL
   const uint32_t* offsets;
   const uint16_t* values;
   Type weight;  // fp16 or bf16
   int64_t shards, rows, k, capacity;
-  const void* x;  // [n, k]
-  Type token;     // of x and y
+  int64_t index_capacity;  // words a shard
+  const void* x;           // [n, k]
+  Type token;              // of x and y
   int64_t n;
   const void* bias;  // [shards * rows] or null
   Type bias_type;
@@ -73,8 +73,7 @@ struct Output {
 };
 
 struct Args {
-  const uint32_t* masks;
-  const uint16_t* positions;
+  const uint32_t* index;
   const uint32_t* offsets;
   const uint16_t* values;
   const uint16_t* x;  // [tokens, x_stride] in W's type, whole tiles
@@ -86,7 +85,7 @@ struct Args {
   int terms, tokens_a_term;
   float term_step;                             // 2^-11 for fp16 terms, 1 for bf16
   bool keep_all;                               // every strip goes through `partial`
-  int64_t capacity;                            // in vectors of 8
+  int64_t capacity, index_capacity;            // of a shard, in 16 bytes
   int64_t units;                               // strips * blocks
   int shard_rows, shard_bands, bands, strips;  // bands of 16 rows
   int tiles, blocks;                           // of a band; units of a strip

@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_flashllm import _flashllm
 from jax_flashllm.formats.bitmap import Bitmap
-from jax_flashllm.formats.tiled_csl import PADDING, TiledCSL
+from jax_flashllm.formats.tiled_csl import TiledCSL
 from jax_flashllm.formats.weight import SparseWeight, check_dense, words
 
 __all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
@@ -76,16 +76,17 @@ def smaller_format(density: float) -> Literal["bitmap", "tiled_csl"]:
     return "bitmap" if density >= _CROSSOVER_DENSITY else "tiled_csl"
 
 
-def pad_values(w: SparseWeight, capacity: int) -> SparseWeight:
-    """The same NumPy or JAX weight with room for `capacity` values a shard."""
+def pad(w: SparseWeight, values: int, index: int) -> SparseWeight:
+    """The same NumPy or JAX weight with room for so many values and, in Tiled-CSL, index words."""
 
-    def pad(leaf, fill):
+    def longer(leaf, size):
         xp = np if isinstance(leaf, np.ndarray) else jnp
-        return xp.pad(leaf, ((0, 0), (0, capacity - leaf.shape[-1])), constant_values=fill)
+        return xp.pad(leaf, ((0, 0), (0, size - leaf.shape[-1])))
 
+    w = w.with_values(longer(w.values, values))
     if isinstance(w, TiledCSL):
-        return dataclasses.replace(w, values=pad(w.values, 0), positions=pad(w.positions, PADDING))
-    return dataclasses.replace(w, values=pad(w.values, 0))
+        w = dataclasses.replace(w, index=longer(w.index, index))
+    return w
 
 
 def stack(weights: list[SparseWeight]) -> SparseWeight:
@@ -102,6 +103,7 @@ def stack(weights: list[SparseWeight]) -> SparseWeight:
             f"stack: weights differ in format, shape, dtype or shards: {weights}; encode them "
             "with one explicit format and one number of shards"
         )
-    capacity = max(w.values.shape[-1] for w in weights)
-    padded = [pad_values(w, capacity) for w in weights]
+    values = max(w.values.shape[-1] for w in weights)
+    index = max(w.buffers[0].shape[-1] for w in weights)
+    padded = [pad(w, values, index) for w in weights]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded)

@@ -1,16 +1,26 @@
-"""Tiled-CSL: each nonzero beside its position in a tile (the idea of Flash-LLM, VLDB 2024).
+"""Tiled-CSL: nonzeros as short steps down the shared-memory banks that a GPU expands them in.
 
-W [M, K] is cut into shards of rows, bands of 128 rows and tiles of 128 x 64.
+W [M, K] is cut into shards of rows, bands of 64 rows and blocks of 64 x 128. A dense block is
+128 rows of 32 banks of 2 halves, in the order of mma fragments (csrc/tiled_csl.h). The 64
+columns of halves are 64 lists of nonzeros by rising row, 4 C entries each, a value and a code:
 
-positions  uint16 [S, capacity]
-             15       14 13   12              6 5               0
-           | padding |  0   |       row        | col ^ 8 (row % 8) |
-values     half   [S, capacity]             parallel to positions
-offsets    uint32 [S, bands * tiles + 1]    where each tile starts, in vectors of 8
+    code 1..14   a weight that many rows below the last entry; lists start in row 0, a bin
+    code 15      filler: 15 rows down, no weight; the next weight's code may then be 0
+    code 0       else: padding, at a list's start, in the bin
 
-Inside a tile the nonzeros go round the 32 shared-memory banks of the tile that a GPU expands
-them into. Padding fills a tile's last vector with +0 at a position that is zero in W.
-32 d bits a weight at density d: smaller than a bitmap below d = 1/16.
+The last weights of lists that are longer go to the block's tail, as positions 64 row + list.
+
+values   half   [S, capacity]              of a block: C chunks, then the tail
+index    uint32 [S, index_capacity]        parallel to it
+                                           values of a chunk      index of a chunk
+                                           [32 banks, 4, 2]       4-bit [32 banks, 4, 2]
+                                           values of the tail     positions of the tail
+                                           [8 vectors]            16-bit [8 vectors]
+offsets  uint32 [S, bands * blocks + 1, 2]  chunks, and vectors of the tail, before each block
+
+20 bits an entry: 10.6 bits a weight at 50% sparsity, 4.6 at 80% (docs/formats.md). Entries that
+hold no weight (fillers, padding, tail positions below 64) are dead: their value is +0, and so
+is its gradient.
 """
 
 import dataclasses
@@ -20,97 +30,167 @@ import numpy as np
 
 from jax_flashllm.formats.weight import VECTOR, SparseWeight, register, words
 
-TILE_ROWS = 128
-TILE_COLS = 64
-PADDING = 0x8000
+BLOCK_ROWS = 64
+BLOCK_COLS = 128
+LISTS = 64
+ROWS = BLOCK_ROWS * BLOCK_COLS // LISTS
+CHUNK = 4 * LISTS  # entries of a chunk
+MAX_CHUNKS = ROWS // 4
+FILLER = 15
 
 
 def _grid(rows: int, cols: int) -> tuple[int, int]:
-    """Bands, and tiles a band, of a shard [rows, cols]."""
-    return -(-rows // TILE_ROWS), -(-cols // TILE_COLS)
+    """Bands, and blocks a band, of a shard [rows, cols]."""
+    return -(-rows // BLOCK_ROWS), -(-cols // BLOCK_COLS)
+
+
+def _unfold(scratch: np.ndarray) -> np.ndarray:
+    """Dense blocks [n, 8192] in scratch order to [n, 64, 128]."""
+    # tile (row, col), step, lane (g, t), register (ahalf, upper), half
+    parts = scratch.reshape(-1, 4, 2, 4, 8, 4, 2, 2, 2)
+    # row = tile row, upper, g; column = tile column, t, step, ahalf, half
+    return parts.transpose(0, 1, 7, 4, 2, 5, 3, 6, 8).reshape(-1, BLOCK_ROWS, BLOCK_COLS)
 
 
 @register
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class TiledCSL(SparseWeight):
-    """An encoded weight W [M, K]: nonzero values and their 16-bit positions, tile by tile.
+    """An encoded weight W [M, K]: nonzero values and 4-bit steps between them, block by block.
 
     Make it with `jax_flashllm.encode`; multiply with `jax_flashllm.spmm`. Buffers as in this
     module's header, `values` in float16 or bfloat16, differentiable.
     """
 
-    positions: jax.Array
+    index: jax.Array
 
     format = "tiled_csl"
 
     def __post_init__(self):
         if hasattr(self.values, "shape") and len(self.values.shape) >= 2:
-            bands, tiles = _grid(self.shard_rows, self.shape[1])
+            bands, blocks = _grid(self.shard_rows, self.shape[1])
+            words = getattr(self.index, "shape", (0,))[-1]
             self._check_sizes(
-                positions=(tuple(self.values.shape[-2:]), np.uint16),
-                offsets=((self.shards, bands * tiles + 1), np.uint32),
+                index=((self.shards, words), np.uint32),
+                offsets=((self.shards, bands * blocks + 1, 2), np.uint32),
             )
 
     @property
     def buffers(self):
-        return self.positions, self.offsets
+        return self.index, self.offsets
 
     @property
     def nnz(self) -> int:
-        return int((np.asarray(self.positions) < PADDING).sum())
+        if len(self.values.shape) > 2:
+            return sum(w.nnz for w in self._unstacked())
+        return sum(
+            int(live.sum()) + int((tail >= LISTS).sum())
+            for _, live, tail in map(self._lists, range(self.shards))
+        )
+
+    def _counts(self, s: int) -> tuple[np.ndarray, np.ndarray]:
+        """Chunks and tail vectors of each block of shard s."""
+        counts = np.diff(np.asarray(self.offsets[s]).astype(np.int64), axis=0)
+        return counts[:, 0], counts[:, 1]
+
+    def _lists(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of shard s: codes and what is live of all lists, [entries, 64], and tails [n, 8]."""
+        chunks, tails = self._counts(s)
+        is_chunk = _alternate(8 * chunks, tails)  # of each vector of 4 words
+        vectors = np.asarray(self.index[s])[: 4 * is_chunk.size].reshape(-1, 4)
+        codes = vectors[is_chunk].view(np.uint8).reshape(-1, LISTS // 2, 4)
+        codes = np.stack([codes & 15, codes >> 4], -1).swapaxes(1, 2).reshape(-1, LISTS)
+        before = np.roll(codes, 1, 0)
+        before[4 * (np.cumsum(chunks) - chunks)[chunks > 0]] = 0
+        live = np.where(codes == 0, before == FILLER, codes < FILLER)
+        return codes, live, vectors[~is_chunk].view(np.uint16)
+
+    def _rows(self, s: int, codes: np.ndarray) -> np.ndarray:
+        """The rows that the entries of `_lists` lie in, 0 the bin."""
+        chunks, _ = self._counts(s)
+        start = np.repeat(4 * (np.cumsum(chunks) - chunks), 4 * chunks)
+        rows = np.cumsum(codes, 0, dtype=np.uint16)  # may wrap, which a difference survives
+        return rows - (rows - codes)[start]
+
+    def _positions(self, s: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each value of shard s: its block, and 64 row + list in it (below 64: dead)."""
+        chunks, tails = self._counts(s)
+        codes, live, tail = self._lists(s)
+        place = np.where(live, self._rows(s, codes) * np.int32(LISTS) + np.arange(LISTS), 0)
+        is_chunk = _alternate(32 * chunks, tails)  # of each vector of 8 values
+        position = np.empty((is_chunk.size, VECTOR), np.int32)
+        place = place.reshape(-1, 4, LISTS // 2, 2).swapaxes(1, 2)
+        position[is_chunk] = place.reshape(-1, VECTOR)
+        position[~is_chunk] = tail
+        block = np.repeat(np.arange(chunks.size), CHUNK * chunks + VECTOR * tails)
+        return block, position.ravel()
 
     def _to_dense(self) -> np.ndarray:
         (m, k), rows = self.shape, self.shard_rows
-        bands, tiles = _grid(rows, k)
-        dense = np.zeros((self.shards, bands * TILE_ROWS, tiles * TILE_COLS), np.uint16)
+        bands, blocks = _grid(rows, k)
+        dense = np.empty((self.shards, bands * BLOCK_ROWS, blocks * BLOCK_COLS), np.uint16)
         for s in range(self.shards):
-            position, offset = np.asarray(self.positions[s]), np.asarray(self.offsets[s])
-            value, stored = words(self.values[s]), position < PADDING
-            tile = np.repeat(np.arange(bands * tiles), np.diff(offset.astype(np.int64)) * VECTOR)
-            used = np.flatnonzero(stored[: tile.size])
-            row, col = position[used] >> 6, position[used] & 63
-            col = col ^ (row % 8) * 8
-            band, tile = np.divmod(tile[used], tiles)
-            dense[s, band * TILE_ROWS + row, tile * TILE_COLS + col] = value[used]
+            block, position = self._positions(s)
+            scratch = np.zeros((bands * blocks, (1 + ROWS) * LISTS), np.uint16)
+            live = position >= LISTS
+            scratch[block[live], position[live]] = words(self.values[s])[: live.size][live]
+            parts = _unfold(scratch[:, LISTS:]).reshape(bands, blocks, BLOCK_ROWS, BLOCK_COLS)
+            dense[s] = parts.swapaxes(1, 2).reshape(dense.shape[1:])
         dense = dense[:, :rows, :k].reshape(-1, k)[:m]
         return np.ascontiguousarray(dense).view(self.dtype)
 
     def _validate(self) -> None:
         offsets = np.asarray(self.offsets).astype(np.int64)
-        end = offsets[:, -1].max() * VECTOR
-        if (np.diff(offsets, axis=1) < 0).any() or end > self.values.shape[1]:
+        steps = np.diff(offsets, axis=1)
+        if offsets[:, 0].any() or (steps < 0).any() or (steps[..., 0] > MAX_CHUNKS).any():
             raise ValueError(
-                f"TiledCSL: offsets must not fall and must end within the {self.values.shape[1]} "
-                f"values a shard; the last is {end}"
+                f"TiledCSL: offsets must start at 0, not fall, and give a block {MAX_CHUNKS} "
+                "chunks at most"
             )
-        bad = np.asarray(self.positions) & 0x6000
-        if bad.any():
-            s, i = np.argwhere(bad)[0]
+        chunks, tails = offsets[:, -1, 0].max(), offsets[:, -1, 1].max()
+        ends = (offsets[:, -1] @ [CHUNK, VECTOR]).max(), (offsets[:, -1] @ [32, 4]).max()
+        room = self.values.shape[1], self.index.shape[1]
+        if ends[0] > room[0] or ends[1] > room[1]:
             raise ValueError(
-                f"TiledCSL: position {i} of shard {s} is {int(self.positions[s, i])}, outside a "
-                f"{TILE_ROWS} x {TILE_COLS} tile"
+                f"TiledCSL: {chunks} chunks and {tails} vectors a shard need {ends[0]} values and "
+                f"{ends[1]} words of index, but there are {room[0]} and {room[1]}"
             )
         for s in range(self.shards):
-            self._validate_shard(s, offsets[s])
+            self._validate_shard(s)
 
-    def _validate_shard(self, s: int, offsets: np.ndarray) -> None:
+    def _validate_shard(self, s: int) -> None:
         (m, k), rows = self.shape, self.shard_rows
-        _, tiles = _grid(rows, k)
-        position, value = np.asarray(self.positions[s]), words(self.values[s])
-        tile = np.repeat(np.arange(offsets.size - 1), np.diff(offsets) * VECTOR)
-        begin, end = offsets[0] * VECTOR, offsets[-1] * VECTOR
-        outside = np.concatenate([position[:begin], position[end:]])
-        position, value = position[begin:end], value[begin:end]
-        stored, row = position < PADDING, position >> 6 & 127
-        col = (position & 63) ^ (row % 8 * 8)
-        row, col = tile // tiles * TILE_ROWS + row, tile % tiles * TILE_COLS + col
-        where = (row >= min(rows, m - s * rows)) | (col >= k)
-        if (where & stored).any() or (outside < PADDING).any():
+        _, blocks = _grid(rows, k)
+        codes, live, tail = self._lists(s)
+        row = self._rows(s, codes)
+        if row.max(initial=0) > ROWS or tail.max(initial=0) >= (1 + ROWS) * LISTS:
+            raise ValueError(f"TiledCSL: shard {s} has a list or a tail that leaves its block")
+        if (~live & (codes == 0) & (row > 0)).any():
+            raise ValueError(f"TiledCSL: shard {s} has padding behind a list's first weight")
+        chunks, tails = self._counts(s)
+        last = np.zeros((chunks.size, LISTS), np.int32)
+        last[chunks > 0] = row[4 * np.cumsum(chunks)[chunks > 0] - 1]
+        before = last[np.repeat(np.arange(tails.size), tails)[:, None], tail % LISTS]
+        if ((tail >= LISTS) & (tail // LISTS <= before)).any():
+            raise ValueError(f"TiledCSL: shard {s} has a tail that overlaps its lists")
+        block, position = self._positions(s)
+        stored = position >= LISTS
+        if words(self.values[s])[: stored.size][~stored].any():
+            raise ValueError(f"TiledCSL: shard {s} has a dead entry that is not +0")
+        place = block[stored] * BLOCK_ROWS * BLOCK_COLS + position[stored] - LISTS
+        unique, count = np.unique(place, return_counts=True)
+        half = np.arange(BLOCK_ROWS * BLOCK_COLS).reshape(1, -1)
+        at = np.empty(half.size, np.int64)  # of each half of a block: 128 row + column
+        at[_unfold(half).ravel()] = half
+        block, at = unique // at.size, at[unique % at.size]
+        row = block // blocks * BLOCK_ROWS + at // BLOCK_COLS
+        col = block % blocks * BLOCK_COLS + at % BLOCK_COLS
+        if (row >= min(rows, m - s * rows)).any() or (col >= k).any():
             raise ValueError(f"TiledCSL: shard {s} has a weight outside the matrix [{m}, {k}]")
-        place = row * tiles * TILE_COLS + col
-        unique, count = np.unique(place[stored], return_counts=True)
         if (count > 1).any():
-            r, c = divmod(int(unique[count > 1][0]), tiles * TILE_COLS)
-            raise ValueError(f"TiledCSL: shard {s} stores row {r}, column {c} twice")
-        if value[~stored].any() or np.isin(place[~stored], unique).any():
-            raise ValueError(f"TiledCSL: shard {s} has padding that is no +0 beside the weights")
+            i = np.argmax(count > 1)
+            raise ValueError(f"TiledCSL: shard {s} stores row {row[i]}, column {col[i]} twice")
+
+
+def _alternate(*counts: np.ndarray) -> np.ndarray:
+    """counts[0][b] times True, then counts[1][b] times False, for every block b."""
+    return np.repeat(np.tile([True, False], counts[0].size), np.stack(counts, -1).ravel())

@@ -5,7 +5,7 @@
 The weight is three Variables, so that NNX's filters and optimizers see only what is trained:
 
     kernel          nnx.Param    half   [S, capacity]   the stored values
-    kernel_index    SparseIndex  uint   Bitmap.masks or TiledCSL.positions
+    kernel_index    SparseIndex  uint   Bitmap.masks or TiledCSL.index
     kernel_offsets  SparseIndex  uint32
 """
 

@@ -14,7 +14,7 @@ from jax_flashllm.formats import (
     TiledCSL,
     encode,
     encode_on_host,
-    pad_values,
+    pad,
     smaller_format,
     stack,
 )
@@ -80,16 +80,21 @@ def initial_weight(
     kept = K - round(sparsity * K)
     if format == "auto":
         format = smaller_format(kept / K)
-    # An encoded zero matrix has the right sizes but for the values. Each of its blocks may end
-    # in a part of a vector.
+    # An encoded zero matrix has the right sizes but for the values and Tiled-CSL's index. Each of
+    # its blocks may end in a part of a vector.
     empty = encode_on_host(np.zeros((M, K), dtype), format, shards)
     vectors = -(-empty.shard_rows * kept // VECTOR) + empty.offsets.shape[1] - 1
-    empty = pad_values(empty, vectors * VECTOR)
+    room = vectors * VECTOR, vectors * VECTOR // 2
+    if format == "tiled_csl":
+        # Tails alone would take 16 bytes of values and 16 of index a vector. Chunks are there
+        # only where both together are less, and four fifths of a chunk are values.
+        room = -(-vectors * 8 // 5) * VECTOR, room[1]
+    empty = pad(empty, *room)
 
     def on_host(kernel):
         w = _keep_largest(np.asarray(kernel).T, sparsity).astype(dtype)
         w = np.where(w == 0, w.dtype.type(0), w)
-        return pad_values(encode_on_host(w, format, shards), vectors * VECTOR)
+        return pad(encode_on_host(w, format, shards), *room)
 
     if not isinstance(kernel, jax.core.Tracer):
         return jax.device_put(on_host(kernel))
@@ -121,13 +126,13 @@ def check_param_dtype(dtype: Any, where: str) -> None:
 
 
 def rebuild(values: Any, index: Any, offsets: Any, shape: tuple[int, int]) -> SparseWeight:
-    """The encoded weight of three buffers; the index's dtype tells the format."""
-    cls = {"uint32": Bitmap, "uint16": TiledCSL}.get(np.dtype(index.dtype).name)
-    if cls is None:
+    """The encoded weight of three buffers; the index's axes tell the format."""
+    if np.dtype(index.dtype) != np.uint32:
         raise ValueError(
-            f"SparseDense: kernel_index is {index.dtype}, expected uint32 (the masks of a Bitmap) "
-            "or uint16 (the positions of a TiledCSL)"
+            f"SparseDense: kernel_index is {index.dtype}, expected uint32 (the masks of a Bitmap, "
+            "or the index of a TiledCSL)"
         )
+    cls = TiledCSL if index.ndim == values.ndim else Bitmap
     return cls(offsets, values, shape, index)
 
 
