@@ -58,7 +58,12 @@ struct Dims {
   int64_t offsets() const { return 2 * (bands * blocks + 1); }
 };
 
-// Half `i` of a dense block: row and column inside the block. A tail's position is i + kLists.
+// Where a dense block has a weight, and back. A tail's position is that half + kLists.
+inline constexpr int Half(int row, int col) {
+  const int tile = row >> 4 << 1 | col >> 6, step = col >> 2 & 3;
+  const int lane = (row & 7) << 2 | (col >> 4 & 3), j = (row >> 3 & 1) | (col >> 1 & 1) << 1;
+  return tile << 10 | step << 8 | lane << 3 | j << 1 | (col & 1);
+}
 inline constexpr int HalfRow(int i) { return i >> 11 << 4 | (i >> 1 & 1) << 3 | (i >> 5 & 7); }
 inline constexpr int HalfCol(int i) {
   return (i >> 10 & 1) << 6 | (i >> 3 & 3) << 4 | (i >> 8 & 3) << 2 | (i >> 2 & 1) << 1 | (i & 1);

@@ -109,12 +109,20 @@ def test_encoding_does_not_depend_on_where_the_array_is(format):
 
 
 @pytest.mark.parametrize("density", [1 / 8, 1 / 2, 1])
-def test_sizes_are_those_of_the_documents(density):
-    # Bitmap: 16 d + 1 bits a weight and 0.02 for offsets and alignment; Tiled-CSL: 32 d.
+def test_sizes_of_bitmaps_are_those_of_the_documents(density):
+    # 16 d + 1 bits a weight and 0.02 for offsets and alignment.
     dense = sparse_matrix((1024, 1024), np.float16, density)
     d = np.count_nonzero(dense) / dense.size
     assert 0 <= jf.encode(dense, "bitmap").bits_per_weight - (16 * d + 1) < 0.03
-    assert 0 <= jf.encode(dense, "tiled_csl").bits_per_weight - 32 * d < 0.03
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "size"),
+    [(0, 20), (0.5, 10.57), (0.6, 8.56), (0.7, 6.54), (0.8, 4.57), (0.9, 2.76), (0.95, 1.62)],
+)
+def test_sizes_of_tiled_csl_are_those_of_the_documents(sparsity, size):
+    dense = sparse_matrix((1024, 1024), np.float16, 1 - sparsity)
+    assert jf.encode(dense, "tiled_csl").bits_per_weight == pytest.approx(size, abs=0.03)
 
 
 @pytest.mark.parametrize("density", [0, 0.02, 0.0555, 0.07, 0.3, 1])
@@ -182,6 +190,137 @@ def test_stack_refuses_what_does_not_match():
             jf.stack([a, other])
 
 
+# ---- Tiled-CSL's bytes ----
+
+
+def list_and_row(r: int, k: int) -> tuple[int, int]:
+    """Where weight (r, k) of a block lies, from the definition: its list, and its row 1..128."""
+    tile, g, upper = r // 16 * 2 + k // 64, r % 8, r % 16 // 8
+    t, step, ahalf, half = k % 64 // 16, k % 16 // 4, k % 4 // 2, k % 2
+    lane, register = 4 * g + t, upper + 2 * ahalf
+    address = tile * 2048 + step * 512 + lane * 16 + register * 4 + half * 2
+    return address % 128 // 2, address // 128 + 1
+
+
+def block_of(lists: dict[int, list[int]]) -> np.ndarray:
+    """A block [64, 128] with 64 row + list at the rows of the lists, zero elsewhere."""
+    dense = np.zeros((64, 128), np.uint16)
+    for r, k in np.ndindex(64, 128):
+        number, row = list_and_row(r, k)
+        if row in lists.get(number, []):
+            dense[r, k] = 64 * row + number
+    return dense
+
+
+def test_the_bytes_of_a_small_tiled_csl():
+    # Every list: three weights, gaps of 15 and 17 rows, and one weight more than two chunks hold.
+    lists = {i: [1, 2, 3, 18, 35, 36, 37] for i in range(64)}
+    lists[5] = [1, 2, 18, 35, 36, 37]  # fits
+    lists[6] = [1, 2, 3, 18, 35]  # one short
+    w = jf.encode(block_of(lists).view(np.float16), "tiled_csl")
+
+    codes = np.array([[1, 1, 1, 15, 0, 15, 2, 1]] * 64)
+    rows = np.array([[1, 2, 3, 0, 18, 0, 35, 36]] * 64)
+    codes[5], rows[5] = [1, 1, 15, 1, 15, 2, 1, 1], [1, 2, 0, 18, 0, 35, 36, 37]
+    codes[6], rows[6] = [0, 1, 1, 1, 15, 0, 15, 2], [0, 1, 2, 3, 0, 18, 0, 35]
+    # The last weights of the lists 0, 2, .. and then of 1, 3, ..: one of each bank, twice.
+    tail = [37 * 64 + i for i in [*range(0, 64, 2), *range(1, 64, 2)] if i not in (5, 6)]
+    tail.remove(37 * 64 + 7)
+    tail.insert(3, 37 * 64 + 7)  # bank 3 has nothing before it
+    tail += [0, 0]
+
+    np.testing.assert_array_equal(w.offsets, [[[0, 0], [2, 8]]])
+    values, index = bits(w.values[0]), np.asarray(w.index[0])
+    assert (values.size, index.size) == (2 * 256 + 64, 2 * 32 + 32)
+    for i, bank, number in np.ndindex(8, 32, 2):
+        chunk, entry, row = i // 4, i % 4, rows[2 * bank + number, i]
+        value = values[chunk * 256 + bank * 8 + entry * 2 + number]
+        assert value == (row * 64 + 2 * bank + number if row else 0)
+        code = index[chunk * 32 + bank] >> (8 * entry + 4 * number) & 15
+        assert code == codes[2 * bank + number, i]
+    np.testing.assert_array_equal(index[64:].view(np.uint16), tail)
+    np.testing.assert_array_equal(values[512:], tail)
+    w.validate()
+
+
+def fewest_bytes(dense: np.ndarray) -> int:
+    """Bytes of a block, from the definition, with the best number of chunks."""
+    rows = [[] for _ in range(64)]
+    for r, k in np.argwhere(dense):
+        number, row = list_and_row(r, k)
+        rows[number].append(row)
+    slots = [
+        np.cumsum(1 + np.diff(sorted(of_list), prepend=0) // 15) - 1 for of_list in rows if of_list
+    ]
+    slots = np.concatenate([[], *slots])
+    return min(640 * c + 32 * -(-int((slots >= 4 * c).sum()) // 8) for c in range(33))
+
+
+@pytest.mark.parametrize("density", [0.005, 0.05, 0.1, 0.3, 0.5, 0.9, 1])
+def test_a_block_of_tiled_csl_takes_the_fewest_bytes(density):
+    dense = sparse_matrix((64, 128), np.float16, density)
+    if density == 0.3:
+        dense[:, :64] = 0  # a gap of 16 rows in every list
+    w = jf.encode(dense, "tiled_csl")
+    assert w.values.nbytes + w.index.nbytes == fewest_bytes(dense)
+
+
+ADVERSARIAL = {
+    "one full list": {7: range(1, 129)},
+    "one full list of two in a bank": {62: range(1, 129), 63: [128]},
+    "half of the lists full": {i: range(1, 129) for i in range(32)},
+    "one row": {i: [128] for i in range(64)},
+    "the first and the last row": {i: [1, 128] for i in range(64)},
+    "every 15th row": {i: range(15, 129, 15) for i in range(64)},
+    "every 16th row": {i: range(16, 129, 16) for i in range(64)},
+    "every 14th row": {i: range(14, 129, 14) for i in range(64)},
+    "a triangle": {i: range(1, 2 * i + 2) for i in range(64)},
+    "full": {i: range(1, 129) for i in range(64)},
+}
+
+
+@pytest.mark.parametrize("lists", ADVERSARIAL.values(), ids=ADVERSARIAL)
+def test_odd_blocks_of_tiled_csl_lose_nothing(lists):
+    block = block_of(lists).view(np.float16)
+    dense = np.zeros((200, 400), np.float16)
+    dense[64:128, 128:256] = block
+    dense[128:192, 256:384] = block
+    w = jf.encode(dense, "tiled_csl")
+    w.validate()
+    np.testing.assert_array_equal(bits(w.to_dense()), bits(dense))
+    np.testing.assert_array_equal(bits(jf.decode(w)), bits(dense))
+    assert w.nnz == np.count_nonzero(bits(dense))
+    if len(lists) == 64 and lists[0] == range(1, 129):
+        np.testing.assert_array_equal(np.unique(np.diff(w.offsets, axis=1)[..., 0]), [0, 32])
+        assert not np.asarray(w.offsets)[..., 1].any()
+
+
+@pytest.mark.parametrize("keep", [np.s_[:, ::2], np.s_[:, :64], np.s_[::16], np.s_[5], np.s_[:, 9]])
+def test_pruned_columns_and_rows(keep):
+    dense = np.zeros((300, 300), np.float16)
+    dense[keep] = sparse_matrix((300, 300), np.float16, 1)[keep]
+    for format in FORMATS:
+        w = jf.encode(dense, format)
+        w.validate()
+        np.testing.assert_array_equal(w.to_dense(), dense)
+        np.testing.assert_array_equal(jf.decode(w), dense)
+
+
+@pytest.mark.parametrize("density", [0.03, 0.1, 0.6])
+def test_dead_entries_have_no_gradient_and_a_training_step_keeps_the_structure(density):
+    dense = sparse_matrix((100, 300), np.float32, density, integers=True)
+    w = jf.encode(dense.astype(np.float16), "tiled_csl", shards=3)
+    x, c = np.ones((2, 300), np.float32), np.arange(1, 101, dtype=np.float32)
+    g = jax.grad(lambda v: (jf.spmm(w.with_values(v), x) @ c).sum())(w.values)
+    assert np.count_nonzero(g) == w.nnz < g.size  # 2 c > 0 at every weight
+    stepped = w.with_values(w.values - g)
+    stepped.validate()
+    assert stepped.nnz == w.nnz
+    expected = np.where(dense != 0, dense - 2 * c[:, None], 0)
+    np.testing.assert_array_equal(stepped.to_dense(), expected)
+    np.testing.assert_array_equal(jf.spmm(stepped, x), x @ expected.T)
+
+
 # ---- errors ----
 
 
@@ -213,14 +352,14 @@ def test_encode_refuses_tracers():
 @pytest.mark.parametrize("format", FORMATS)
 def test_constructors_refuse_buffers_of_other_shapes(format):
     w = jf.encode(sparse_matrix((40, 300), np.float16, 0.5), format)
-    index = "masks" if format == "bitmap" else "positions"
+    index = "masks" if format == "bitmap" else "index"
     for changes, message in [
         ({"shape": (40, 900)}, r"of shape \[40, 900\]: .* make weights with"),
         ({"shape": (400, 300)}, r"of shape \[400, 300\]: "),
         ({"shape": (0, 300)}, r"shape must be \[M, K\] >= 1, got \(0, 300\)"),
         ({"offsets": w.offsets[:, 1:]}, "offsets is uint32"),
         ({"offsets": w.offsets.astype(np.int32)}, "offsets is int32"),
-        ({index: getattr(w, index)[..., 1:]}, f"{index} is uint"),
+        ({index: getattr(w, index)[0]}, f"{index} is uint32"),
         ({index: getattr(w, index).astype(np.uint8)}, f"{index} is uint8"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -254,24 +393,38 @@ def test_validate_finds_a_broken_bitmap():
 
 
 def test_validate_finds_a_broken_tiled_csl():
-    w = jf.encode(sparse_matrix((40, 300), np.float16, 0.3), "tiled_csl", shards=2)
-    positions, padding = np.asarray(w.positions), np.asarray(w.positions) >= 0x8000
-    shard, pad = np.argwhere(padding)[0]
+    w = jf.encode(sparse_matrix((40, 300), np.float16, 0.7), "tiled_csl", shards=2)
+    chunks, tails = np.diff(w.offsets, axis=1)[0, 0]  # of block 0
+    assert chunks > 4
+    assert tails > 0
 
     def broken(message, **changes):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(w, **changes).validate()
 
-    broken("offsets must not fall", offsets=changed(w.offsets, (0, 1), 2**32 - 1))
-    broken("offsets must not fall", offsets=changed(w.offsets, (1, 2), 0))
-    broken("outside a 128 x 64 tile", positions=changed(positions, (1, 3), 0x4000))
-    broken("twice", positions=changed(positions, (0, 1), positions[0, 0]))
-    broken("padding", values=changed(w.values, (shard, pad), 1.0))
-    # Shards of 20 rows: row 20 of a tile lies outside.
-    broken("outside", positions=changed(positions, (0, 0), 20 * 64 | (20 % 8) * 8))
-    # Tile 4 has 44 columns: column 44 of its row 0 lies outside.
-    last = int(w.offsets[0, 4]) * 8
-    broken("outside", positions=changed(positions, (0, last), 44))
+    broken("offsets must start at 0", offsets=w.offsets + np.uint32(1))
+    broken("offsets must start at 0", offsets=changed(w.offsets, (0, 1, 0), 2**32 - 1))
+    broken("offsets must start at 0", offsets=changed(w.offsets, (1, 2, 1), 0))
+    broken("need", offsets=changed(w.offsets, (1, -1, 1), w.values.shape[1] // 8))
+    broken("need", values=w.values[:, :-8])
+    broken("need", index=w.index[:, :-4])
+    words = np.array(w.index[0])
+    codes = words[: 32 * chunks].view(np.uint8).reshape(chunks, 32, 4)  # two lists a byte
+    tail = words[32 * chunks :].view(np.uint16)
+
+    def broken_index(message, part, at, value):
+        before, part[at] = part[at].copy(), value
+        broken(message, index=jnp.asarray(np.stack([words, w.index[1]])))
+        part[at] = before
+
+    broken_index("leaves its block", codes, np.s_[:, 3], 0xFF)
+    broken_index("leaves its block", tail, 0, 129 * 64)
+    broken_index("padding behind", codes, (chunks - 1, 0, 3), 0)
+    broken_index("outside the matrix", tail, 0, tail[0] % 64 + 127 * 64)
+    broken_index("overlaps its lists", tail, 0, tail[0] % 64 + 64)
+    broken_index("twice", tail, 0, tail[np.flatnonzero(tail[1:] % 64 == tail[0] % 64)[0] + 1])
+    dead = np.flatnonzero(np.asarray(w.values[0]) == 0)[0]
+    broken("dead entry", values=changed(w.values, (0, dead), -0.0))
     with pytest.raises(ValueError, match="values are float32"):
         w.with_values(w.values.astype(np.float32)).validate()
 

@@ -458,7 +458,8 @@ def test_layers_can_be_made_under_jit_and_eval_shape(format):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97, 1.0])
 def test_the_sizes_of_drawn_layers_are_hardly_more_than_they_need(sparsity):
     w, d = SparseDense(512, 512, sparsity=sparsity, rngs=nnx.Rngs(0)).weight, 1 - sparsity
-    assert w.bits_per_weight < min(16 * d + 1, 32 * d) + 0.06
+    # Tiled-CSL: room for a kernel of tails alone, 16 + 16 bits a weight, or chunks, 1.6 * 16 + ...
+    assert w.bits_per_weight < min(16 * d + 1, 41.6 * d) + 0.06
 
 
 def test_layers_can_be_made_under_vmap():

@@ -179,17 +179,23 @@ struct Lists {
 
   void Load(const DenseView& w, const Block& b) {
     using namespace tiled_csl;
+    const uint16_t* from = w.data + b.row0 * w.cols + b.col0;
+    int64_t stride = w.cols;
     alignas(64) uint16_t patch[kBlockWeights];
-    LoadPatch(w, b.row0, b.row_end, b.col0, kBlockRows, kBlockCols, patch);
-    // A lane's 8 halves: columns c, c + 1 of rows g and g + 8, then columns c + 2, c + 3.
-    for (int i = 0; i < kBlockWeights; i += 8) {
-      const uint16_t* from = patch + HalfRow(i) * kBlockCols + HalfCol(i);
-      uint32_t top[2], bottom[2];
-      std::memcpy(top, from, sizeof top);
-      std::memcpy(bottom, from + 8 * kBlockCols, sizeof bottom);
-      const uint32_t lane[4] = {top[0], bottom[0], top[1], bottom[1]};
-      std::memcpy(weights + i, lane, sizeof lane);
+    if (b.row0 + kBlockRows > b.row_end || b.col0 + kBlockCols > w.cols) {
+      LoadPatch(w, b.row0, b.row_end, b.col0, kBlockRows, kBlockCols, patch);
+      from = patch, stride = kBlockCols;
     }
+    // Rows of W a power of two apart share few cache sets, so two are done before the next two.
+    for (int row = 0; row < kBlockRows; row += row % 16 == 7 ? 9 : 1)
+      for (int col = 0; col < kBlockCols; col += 4) {
+        // A lane's 8 halves: columns 0, 1 of both rows, then columns 2, 3.
+        uint32_t top[2], bottom[2];
+        std::memcpy(top, from + row * stride + col, sizeof top);
+        std::memcpy(bottom, from + (row + 8) * stride + col, sizeof bottom);
+        const uint32_t lane[4] = {top[0], bottom[0], top[1], bottom[1]};
+        std::memcpy(weights + Half(row, col), lane, sizeof lane);
+      }
   }
 
   void Scan() {
@@ -232,62 +238,79 @@ struct Lists {
 
   void Write(Cut cut, uint16_t* values, uint32_t* index) const {
     using namespace tiled_csl;
-    const int entries = cut.chunks * kChunkEntries;
-    // Lists end at their last chunk's end, so padding comes first.
+    const unsigned entries = cut.chunks * kChunkEntries;
+    const size_t chunk_values = cut.chunks * kChunkValues;
+    std::memset(values, 0, (chunk_values + cut.tails * kVector) * sizeof *values);
+    // Lists end with the last chunk, so padding comes first: entry = padding + slot. `codes_out`
+    // is parallel to the chunks' values. What is neither padding nor a weight is a filler.
+    alignas(64) uint8_t codes_out[kMaxChunks * kChunkValues];
+    std::memset(codes_out, kFiller, chunk_values);
     uint8_t kept[kLists] = {}, padding[kLists];
     for (int row = 0; row < kBlockWeights; row += kLists)
-      for (int l = 0; l < kLists; ++l) {
-        const uint8_t slot = slots[row + l];
-        kept[l] = slot < entries ? slot + 1 : kept[l];
-      }
-    // Codes by chunk, list % 2, bank, entry. What is neither padding nor weight is a filler.
-    alignas(64) uint8_t nibbles[kMaxChunks * kChunkValues];
-    const auto nibble = [](int entry, int list) {
-      return entry / kChunkEntries * kChunkValues + (list & 1) * kChunkValues / 2 +
-             list / 2 * kChunkEntries + entry % kChunkEntries;
-    };
-    std::memset(nibbles, kFiller, cut.chunks * kChunkValues);
-    std::memset(values, 0, (cut.chunks * kChunkValues + cut.tails * kVector) * sizeof *values);
+      for (int l = 0; l < kLists; ++l)
+        kept[l] = slots[row + l] < entries ? slots[row + l] + 1 : kept[l];
+    uint16_t first[kLists];  // where a list starts
     for (int l = 0; l < kLists; ++l) {
+      first[l] = static_cast<uint16_t>(l / 2 * (2 * kChunkEntries) + l % 2);
       padding[l] = static_cast<uint8_t>(entries - kept[l]);
-      for (int i = 0; i < padding[l]; ++i) nibbles[nibble(i, l)] = 0;
+      for (int i = 0; i < padding[l]; ++i) codes_out[first[l] + Behind(i)] = 0;
     }
-    uint32_t queue[kLists / 2][2 * kRows];  // the tail by bank: value and position
+    uint32_t tail[kLists / 2][2 * kRows];  // by bank: value and position
     int size[kLists / 2] = {};
     for (int row = 0; row < kBlockWeights; row += kLists) {
-      for (int group = 0; group < kLists; group += 8) {
-        uint64_t used;  // 8 slots; a byte of kNone has its top bit set
-        std::memcpy(&used, slots + row + group, sizeof used);
-        for (used = ~used & 0x8080808080808080ull; used; used &= used - 1) {
-          const int l = group + __builtin_ctzll(used) / 8, at = row + l;
-          if (slots[at] >= entries) {
-            queue[l / 2][size[l / 2]++] = static_cast<uint32_t>(weights[at]) << 16 | (at + kLists);
-            continue;
-          }
-          const int entry = padding[l] + slots[at];
-          nibbles[nibble(entry, l)] = codes[at];
-          values[entry / kChunkEntries * kChunkValues + l / 2 * 2 * kChunkEntries +
-                 entry % kChunkEntries * 2 + (l & 1)] = weights[at];
-        }
+      alignas(64) uint8_t fits[kLists], overflows[kLists];
+      alignas(64) uint16_t to[kLists];
+      for (int l = 0; l < kLists; ++l) {
+        const uint8_t slot = slots[row + l];
+        fits[l] = slot < entries;
+        overflows[l] = slot != kNone && slot >= entries;
+      }
+      for (int l = 0; l < kLists; ++l)
+        to[l] = first[l] + Behind(static_cast<uint8_t>(padding[l] + slots[row + l]));
+      for (uint64_t mask = Mask(fits); mask; mask &= mask - 1) {
+        const int l = __builtin_ctzll(mask);
+        codes_out[to[l]] = codes[row + l];
+        values[to[l]] = weights[row + l];
+      }
+      for (uint64_t mask = Mask(overflows); mask; mask &= mask - 1) {
+        const int l = __builtin_ctzll(mask), at = row + l;
+        tail[l / 2][size[l / 2]++] = static_cast<uint32_t>(weights[at]) << 16 | (at + kLists);
       }
     }
     uint8_t* bytes = reinterpret_cast<uint8_t*>(index);
-    for (int chunk = 0; chunk < cut.chunks; ++chunk) {
-      const uint8_t* n = nibbles + chunk * kChunkValues;
-      for (int i = 0; i < kChunkValues / 2; ++i) *bytes++ = n[i] | n[i + kChunkValues / 2] << 4;
-    }
+    for (size_t i = 0; i < chunk_values / 2; ++i)
+      bytes[i] = codes_out[2 * i] | codes_out[2 * i + 1] << 4;
     // The tail goes round the banks, so that the stores of a warp rarely meet.
-    uint16_t* value = values + cut.chunks * kChunkValues;
-    uint16_t* position = reinterpret_cast<uint16_t*>(bytes);
+    uint16_t* value = values + chunk_values;
+    uint16_t* position = reinterpret_cast<uint16_t*>(bytes + chunk_values / 2);
     uint16_t* const end = position + cut.tails * kVector;
     const int rounds = *std::max_element(size, size + kLists / 2);
     for (int round = 0; round < rounds; ++round)
       for (int bank = 0; bank < kLists / 2; ++bank)
         if (round < size[bank]) {
-          *position++ = static_cast<uint16_t>(queue[bank][round]);
-          *value++ = static_cast<uint16_t>(queue[bank][round] >> 16);
+          *position++ = static_cast<uint16_t>(tail[bank][round]);
+          *value++ = static_cast<uint16_t>(tail[bank][round] >> 16);
         }
     std::memset(position, 0, (end - position) * sizeof *position);
+  }
+
+  // How far behind its list's first entry an entry lies. In 16 bits, so that it vectorizes.
+  static uint16_t Behind(uint16_t entry) {
+    using namespace tiled_csl;
+    const uint16_t in_chunk = entry % kChunkEntries;
+    return static_cast<uint16_t>((entry - in_chunk) * (kChunkValues / kChunkEntries) +
+                                 in_chunk * 2);
+  }
+
+  // Bit l is flags[l], 0 or 1.
+  static uint64_t Mask(const uint8_t (&flags)[kLists]) {
+    uint64_t mask = 0;
+    for (int i = 0; i < kLists / 8; ++i) {
+      uint64_t eight;
+      std::memcpy(&eight, flags + 8 * i, sizeof eight);
+      mask |= eight * 0x0102040810204080ull >> 56 << (8 * i);  // gathers bits 0, 8, .. 56
+    }
+    return mask;
   }
 };
 

@@ -375,12 +375,13 @@ struct Slab {
 
   Status Expand(const TiledCslWeight& w, int64_t shard, int64_t band, int64_t first, int64_t end) {
     using namespace tiled_csl;
-    std::memset(values, 0, sizeof values);
+    constexpr int kPart = kBlockWeights / kBands;  // 16 rows of a block, two tiles
+    for (int i = 0; i < kBands; ++i)
+      std::memset(values + i * kBandValues, 0, (end - first) * kPart * sizeof *values);
     const uint16_t* from = w.values + shard * w.shards.capacity;
     for (int64_t block = first; block < end; ++block) {
       TiledCslWeight::Block b;
       if (!w.Locate(shard, band, block, &b)) return Status::kOutOfRange;
-      constexpr int kPart = kBlockWeights / kBands;  // 16 rows of a block, two tiles
       uint16_t* to = values + (block - first) * kPart;
       const Status status = TiledCslWeight::WalkBlock(b, [&](int half, int64_t at) {
         const int in_order = (half & ~6) | (half & 2) << 1 | (half & 4) >> 1;
