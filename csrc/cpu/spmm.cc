@@ -213,26 +213,32 @@ struct TiledCslWeight : Weight {
            ValueStart(c1, t1) <= shards.capacity && IndexStart(c1, t1) <= index_capacity;
   }
 
-  // f(half of the dense block, index into the shard's values) for every stored weight.
+  // f(row 0..127, list, index into the shard's values) for every stored weight of a block.
   template <typename F>
   static Status WalkBlock(const Block& b, F f) {
     using namespace tiled_csl;
-    uint8_t row[kLists] = {}, before[kLists] = {};  // of the entry before
+    uint8_t rows[kLists] = {}, codes[kLists] = {};  // of the entry before
     const uint32_t* words = b.index;
     int64_t at = b.value;
     for (int chunk = 0; chunk < b.chunks; ++chunk)
-      for (int bank = 0; bank < kLists / 2; ++bank, ++words)
-        for (int i = 0; i < 2 * kChunkEntries; ++i, ++at) {
-          const int code = *words >> (4 * i) & 15, list = 2 * bank + i % 2;
-          const bool live = code ? code != kFiller : before[list] == kFiller;
-          if ((row[list] += code) > tiled_csl::kRows) return Status::kOutOfRange;
-          before[list] = code;
-          if (live) f((row[list] - 1) * kLists + list, at);
+      for (int bank = 0; bank < kLists / 2; ++bank, ++words, at += 2 * kChunkEntries)
+        for (int list = 0; list < 2; ++list) {
+          unsigned row = rows[2 * bank + list], before = codes[2 * bank + list];
+#pragma GCC unroll 4
+          for (int i = 0; i < kChunkEntries; ++i) {
+            const unsigned code = *words >> (8 * i + 4 * list) & 15;
+            const bool live = code ? code != kFiller : before == kFiller;
+            if ((row += code) > tiled_csl::kRows) return Status::kOutOfRange;
+            if (live) f(row - 1, 2u * bank + list, at + 2 * i + list);
+            before = code;
+          }
+          rows[2 * bank + list] = static_cast<uint8_t>(row);
+          codes[2 * bank + list] = static_cast<uint8_t>(before);
         }
     for (int i = 0; i < b.tails * kVector; ++i, ++at) {
-      const int position = words[i / 2] >> (16 * (i % 2)) & 0xffff;
+      const unsigned position = words[i / 2] >> (16 * (i % 2)) & 0xffff;
       if (position >= kLists + kBlockWeights) return Status::kOutOfRange;
-      if (position >= kLists) f(position - kLists, at);
+      if (position >= kLists) f(position / kLists - 1, position % kLists, at);
     }
     return Status::kOk;
   }
@@ -244,7 +250,8 @@ struct TiledCslWeight : Weight {
     for (int64_t block = 0; block < dims.blocks; ++block) {
       Block b;
       if (!Locate(shard, band, block, &b)) return Status::kOutOfRange;
-      const Status status = WalkBlock(b, [&](int half, int64_t at) {
+      const Status status = WalkBlock(b, [&](unsigned row, unsigned list, int64_t at) {
+        const int half = row * kLists + list;
         f(HalfRow(half), block * kBlockCols + HalfCol(half), at);
       });
       if (status != Status::kOk) return status;
@@ -375,7 +382,8 @@ struct Slab {
 
   Status Expand(const TiledCslWeight& w, int64_t shard, int64_t band, int64_t first, int64_t end) {
     using namespace tiled_csl;
-    constexpr int kPart = kBlockWeights / kBands;  // 16 rows of a block, two tiles
+    constexpr unsigned kPartRows = tiled_csl::kRows / kBands;  // 16 rows of W, two tiles
+    constexpr int64_t kPart = kPartRows * kLists;
     for (int i = 0; i < kBands; ++i)
       std::memset(values + i * kBandValues, 0, (end - first) * kPart * sizeof *values);
     const uint16_t* from = w.values + shard * w.shards.capacity;
@@ -383,10 +391,11 @@ struct Slab {
       TiledCslWeight::Block b;
       if (!w.Locate(shard, band, block, &b)) return Status::kOutOfRange;
       uint16_t* to = values + (block - first) * kPart;
-      const Status status = TiledCslWeight::WalkBlock(b, [&](int half, int64_t at) {
-        const int in_order = (half & ~6) | (half & 2) << 1 | (half & 4) >> 1;
-        to[half / kPart * kBandValues + in_order % kPart] = from[at];
-      });
+      const Status status =
+          TiledCslWeight::WalkBlock(b, [&](unsigned row, unsigned list, int64_t at) {
+            const unsigned in_order = (list & ~6u) | (list & 2) << 1 | (list & 4) >> 1;
+            to[row / kPartRows * kBandValues + row % kPartRows * kLists + in_order] = from[at];
+          });
       if (status != Status::kOk) return status;
     }
     return Status::kOk;
