@@ -40,9 +40,9 @@ __attribute__((visibility("default"))) int flashllm_read(void* stream, const voi
 // types: 0 fp16, 1 bf16, 2 fp32; format: 0 bitmap, 1 Tiled-CSL.
 __attribute__((visibility("default"))) int flashllm_spmm(
     void* stream, int format, const void* index, const void* offsets, const void* values,
-    int weight, int64_t m, int64_t k, int64_t capacity, int64_t index_capacity, const void* x, int token, int64_t n,
-    const void* bias, void* y, int activation, int ctas, int warps, int group, int64_t chunk,
-    void* workspace, size_t workspace_bytes) {
+    int weight, int64_t m, int64_t k, int64_t capacity, int64_t index_capacity, const void* x,
+    int token, int64_t n, const void* bias, void* y, int activation, int ctas, int warps, int group,
+    int64_t chunk, void* workspace, size_t workspace_bytes) {
   Problem p = {};
   p.format = static_cast<Format>(format);
   p.index = static_cast<const uint32_t*>(index);

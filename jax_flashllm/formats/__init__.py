@@ -17,7 +17,8 @@ __all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
 
 Format = Literal["auto", "bitmap", "tiled_csl"]
 
-# A bitmap costs 16 d + 1 bits a weight, Tiled-CSL 32 d: equal at d = 1/16.
+# A bitmap costs 16 d + 1 bits a weight; Tiled-CSL 20 d and padding, or 32 d where that is less,
+# as it is from d = 1/16 down: equal there.
 _CROSSOVER_DENSITY = 1 / 16
 
 
@@ -83,10 +84,9 @@ def pad(w: SparseWeight, values: int, index: int) -> SparseWeight:
         xp = np if isinstance(leaf, np.ndarray) else jnp
         return xp.pad(leaf, ((0, 0), (0, size - leaf.shape[-1])))
 
-    w = w.with_values(longer(w.values, values))
     if isinstance(w, TiledCSL):
         w = dataclasses.replace(w, index=longer(w.index, index))
-    return w
+    return dataclasses.replace(w, values=longer(w.values, values))
 
 
 def stack(weights: list[SparseWeight]) -> SparseWeight:

@@ -1,26 +1,24 @@
 """Tiled-CSL: nonzeros as short steps down the shared-memory banks that a GPU expands them in.
 
 W [M, K] is cut into shards of rows, bands of 64 rows and blocks of 64 x 128. A dense block is
-128 rows of 32 banks of 2 halves, in the order of mma fragments (csrc/tiled_csl.h). The 64
-columns of halves are 64 lists of nonzeros by rising row, 4 C entries each, a value and a code:
+128 rows of 32 banks of 2 halves, in the order of mma fragments (csrc/tiled_csl.h). Its 64 columns
+of halves are lists of nonzeros, 4 C entries each: a value, and as a 4-bit code the rows from the
+entry before. What is longer than 4 C entries goes to the block's tail.
 
-    code 1..14   a weight that many rows below the last entry; lists start in row 0, a bin
-    code 15      filler: 15 rows down, no weight; the next weight's code may then be 0
-    code 0       else: padding, at a list's start, in the bin
+    code 1..14   a weight, so many rows down; the first entry counts from row 0, a bin
+    code 15      filler: 15 rows down, no weight
+    code 0       behind a filler: a weight right there; at a list's start: padding, in the bin
 
-The last weights of lists that are longer go to the block's tail, as positions 64 row + list.
+    block    | chunk 0 | ... | chunk C - 1 | tail: vectors of 8 |
+    values   half    [32 banks, 4 entries, 2 lists] a chunk, [8] a tail vector
+    index    4 bits  [32 banks, 4 entries, 2 lists] a chunk, 16 bits [8] = 64 row + list
 
-values   half   [S, capacity]              of a block: C chunks, then the tail
-index    uint32 [S, index_capacity]        parallel to it
-                                           values of a chunk      index of a chunk
-                                           [32 banks, 4, 2]       4-bit [32 banks, 4, 2]
-                                           values of the tail     positions of the tail
-                                           [8 vectors]            16-bit [8 vectors]
-offsets  uint32 [S, bands * blocks + 1, 2]  chunks, and vectors of the tail, before each block
+values   half   [S, capacity]               block after block
+index    uint32 [S, index_capacity]         block after block
+offsets  uint32 [S, bands * blocks + 1, 2]  chunks and tail vectors before each block
 
 20 bits an entry: 10.6 bits a weight at 50% sparsity, 4.6 at 80% (docs/formats.md). Entries that
-hold no weight (fillers, padding, tail positions below 64) are dead: their value is +0, and so
-is its gradient.
+hold no weight (fillers, padding, tail positions below 64) are dead: value +0, gradient 0.
 """
 
 import dataclasses
@@ -68,9 +66,9 @@ class TiledCSL(SparseWeight):
     def __post_init__(self):
         if hasattr(self.values, "shape") and len(self.values.shape) >= 2:
             bands, blocks = _grid(self.shard_rows, self.shape[1])
-            words = getattr(self.index, "shape", (0,))[-1]
+            capacity = getattr(self.index, "shape", (0,))[-1]
             self._check_sizes(
-                index=((self.shards, words), np.uint32),
+                index=((self.shards, capacity), np.uint32),
                 offsets=((self.shards, bands * blocks + 1, 2), np.uint32),
             )
 
