@@ -427,6 +427,16 @@ def test_validate_finds_a_broken_tiled_csl():
     broken("dead entry", values=changed(w.values, (0, dead), -0.0))
     with pytest.raises(ValueError, match="values are float32"):
         w.with_values(w.values.astype(np.float32)).validate()
+    # Five rows in four shards of two: the last shard has none.
+    w = jf.encode(np.ones((5, 128), np.float16), "tiled_csl", shards=4)
+    w.validate()
+    broken(
+        "shard 3 has a weight outside",
+        **jax.tree.map(
+            lambda b: b[jnp.array([0, 1, 2, 0])],
+            {"offsets": w.offsets, "values": w.values, "index": w.index},
+        ),
+    )
 
 
 def test_matmul_points_to_spmm():

@@ -42,12 +42,12 @@ def _grid(rows: int, cols: int) -> tuple[int, int]:
     return -(-rows // BLOCK_ROWS), -(-cols // BLOCK_COLS)
 
 
-def _unfold(scratch: np.ndarray) -> np.ndarray:
-    """Dense blocks [n, 8192] in scratch order to [n, 64, 128]."""
+def _unfold(scratch: np.ndarray, blocks: int) -> np.ndarray:
+    """Dense blocks [bands * blocks, 8192] in scratch order to [bands * 64, blocks * 128]."""
     # tile (row, col), step, lane (g, t), register (ahalf, upper), half
-    parts = scratch.reshape(-1, 4, 2, 4, 8, 4, 2, 2, 2)
-    # row = tile row, upper, g; column = tile column, t, step, ahalf, half
-    return parts.transpose(0, 1, 7, 4, 2, 5, 3, 6, 8).reshape(-1, BLOCK_ROWS, BLOCK_COLS)
+    parts = scratch.reshape(-1, blocks, 4, 2, 4, 8, 4, 2, 2, 2)
+    # row = band, tile row, upper, g; column = block, tile column, t, step, ahalf, half
+    return parts.transpose(0, 2, 8, 5, 1, 3, 6, 4, 7, 9).reshape(-1, blocks * BLOCK_COLS)
 
 
 @register
@@ -131,8 +131,7 @@ class TiledCSL(SparseWeight):
             scratch = np.zeros((bands * blocks, (1 + ROWS) * LISTS), np.uint16)
             live = position >= LISTS
             scratch[block[live], position[live]] = words(self.values[s])[: live.size][live]
-            parts = _unfold(scratch[:, LISTS:]).reshape(bands, blocks, BLOCK_ROWS, BLOCK_COLS)
-            dense[s] = parts.swapaxes(1, 2).reshape(dense.shape[1:])
+            dense[s] = _unfold(scratch[:, LISTS:], blocks)
         dense = dense[:, :rows, :k].reshape(-1, k)[:m]
         return np.ascontiguousarray(dense).view(self.dtype)
 
@@ -174,19 +173,13 @@ class TiledCSL(SparseWeight):
         stored = position >= LISTS
         if words(self.values[s])[: stored.size][~stored].any():
             raise ValueError(f"TiledCSL: shard {s} has a dead entry that is not +0")
-        place = block[stored] * BLOCK_ROWS * BLOCK_COLS + position[stored] - LISTS
-        unique, count = np.unique(place, return_counts=True)
-        half = np.arange(BLOCK_ROWS * BLOCK_COLS).reshape(1, -1)
-        at = np.empty(half.size, np.int64)  # of each half of a block: 128 row + column
-        at[_unfold(half).ravel()] = half
-        block, at = unique // at.size, at[unique % at.size]
-        row = block // blocks * BLOCK_ROWS + at // BLOCK_COLS
-        col = block % blocks * BLOCK_COLS + at % BLOCK_COLS
-        if (row >= min(rows, m - s * rows)).any() or (col >= k).any():
+        place = block[stored] * (ROWS * LISTS) + position[stored] - LISTS
+        count = _unfold(np.bincount(place, minlength=chunks.size * ROWS * LISTS), blocks)
+        if count[max(0, min(rows, m - s * rows)) :].any() or count[:, k:].any():
             raise ValueError(f"TiledCSL: shard {s} has a weight outside the matrix [{m}, {k}]")
         if (count > 1).any():
-            i = np.argmax(count > 1)
-            raise ValueError(f"TiledCSL: shard {s} stores row {row[i]}, column {col[i]} twice")
+            row, col = np.argwhere(count > 1)[0]
+            raise ValueError(f"TiledCSL: shard {s} stores row {row}, column {col} twice")
 
 
 def _alternate(*counts: np.ndarray) -> np.ndarray:
