@@ -7,6 +7,7 @@ missing, extra or of another shape is told before anything is read; `Loader` rea
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -63,6 +64,48 @@ def verify(ckpt: checkpoint.Checkpoint) -> tuple[_Names, OPTConfig]:
     OPT(config, make=declared)
     names.check(declared.shapes, config)
     return names, config
+
+
+def tensors(model: OPT) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every tensor of a model, as a Hugging Face checkpoint names and lays it out.
+
+    The inverse of `load`: sparse layers come out dense, in the dtypes that the model holds.
+    """
+
+    def linear(layer: Any, *names: str) -> Iterator[tuple[str, np.ndarray]]:
+        dense = isinstance(layer, nnx.Linear)
+        w = np.asarray(layer.kernel[...]).T if dense else layer.weight.to_dense()
+        bias = layer.bias
+        for i, name in enumerate(names):
+            rows = slice(i * len(w) // len(names), (i + 1) * len(w) // len(names))
+            yield f"{name}.weight", w[rows]
+            if bias is not None:
+                yield f"{name}.bias", np.asarray(bias[...])[rows]
+
+    def norm(layer: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
+        for kind, value in (("weight", layer.scale), ("bias", layer.bias)):
+            if value is not None:
+                yield f"{name}.{kind}", np.asarray(value[...])
+
+    root = _PREFIXES[0]
+    for name in ("embed_tokens", "embed_positions"):
+        yield f"{root}{name}.weight", np.asarray(getattr(model, name).embedding[...])
+    for name in ("project_in", "project_out"):
+        if getattr(model, name) is not None:
+            yield from linear(getattr(model, name), root + name)
+    for i, layer in enumerate(model.layers):
+        here = f"{root}layers.{i}."
+        attention = layer.self_attn
+        yield from linear(attention.qkv_proj, *(f"{here}self_attn.{x}_proj" for x in "qkv"))
+        yield from linear(attention.out_proj, f"{here}self_attn.out_proj")
+        for name in ("fc1", "fc2"):
+            yield from linear(getattr(layer, name), here + name)
+        for name in ("self_attn_layer_norm", "final_layer_norm"):
+            yield from norm(getattr(layer, name), here + name)
+    if model.final_layer_norm is not None:
+        yield from norm(model.final_layer_norm, f"{root}final_layer_norm")
+    if model.lm_head is not None:
+        yield from linear(model.lm_head, "lm_head")
 
 
 class _Names:

@@ -15,6 +15,7 @@ from jax_flashllm import nn
 from jax_flashllm.models import opt
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
+from jax_flashllm.models.weights import tensors
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,18 @@ def test_16_bit_weights_widened_in_pieces_give_the_same(tmp_path, monkeypatch, v
         monkeypatch.setattr(opt, "WIDEN_AT_ONCE", size)
         pieces = logits(load(tmp_path, variant, stored=stored), ids, mask)
         np.testing.assert_allclose(pieces[mask == 1], whole[mask == 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", tiny_opt.VARIANTS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+def test_tensors_are_those_that_were_loaded(tmp_path, variant, sparsity):
+    config = tiny_opt.config(variant)
+    stored = tiny_opt.weights(config, np.float16, sparsity)
+    model = opt.load(tiny_opt.save(tmp_path, config, stored), dtype=jnp.float32)
+    got = dict(tensors(model))
+    assert got.keys() == stored.keys()
+    for name, value in got.items():
+        np.testing.assert_array_equal(value, stored[name])
 
 
 @pytest.mark.parametrize("prefix", ["model.decoder.", "decoder.", ""])
