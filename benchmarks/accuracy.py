@@ -21,7 +21,7 @@ from jax_flashllm.models.checkpoint import open_checkpoint, save_packed
 from jax_flashllm.models.config import is_linear
 from jax_flashllm.models.densify import sparse_share
 from jax_flashllm.models.evaluate import perplexity
-from jax_flashllm.models.pruning import Blocks, Recipe, Source, windows
+from jax_flashllm.models.pruning import Blocks, Recipe, Source, by_magnitude, windows
 from jax_flashllm.models.tokenizer import open_tokenizer
 
 DENSE = Path(__file__).parent.parent / "examples" / "demo_dense"
@@ -77,13 +77,17 @@ def measure(model_path: Path, texts: list[Path], row: dict, csv_path: Path) -> N
 def prune(method: str, sparsity: float, ids: np.ndarray, out: Path) -> float:
     """Writes the pruned twin to `out`; returns the seconds it took."""
     name, group, owl = METHODS[method]
+    recipe = Recipe(name, sparsity, group, owl)
     start = time.perf_counter()
     with open_checkpoint(DENSE) as checkpoint, tempfile.TemporaryDirectory() as work:
         source = Source(checkpoint, None)
-        run = Blocks(source, Recipe(name, sparsity, group, owl), ids, Path(work))
-        run.run()
+        tensors = by_magnitude(source, recipe, lambda _: None)
+        if name != "magnitude":
+            run = Blocks(source, recipe, ids, Path(work))
+            run.run()
+            tensors = run.tensors()
         tokenizer = [DENSE / "tokenizer.json"]
-        save_packed(out, source.config, run.tensors(), is_linear, tokenizer, overwrite=True)
+        save_packed(out, source.config, tensors, is_linear, tokenizer, overwrite=True)
     return time.perf_counter() - start
 
 
@@ -149,7 +153,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 out = (args.keep or Path(scratch)) / f"{method.replace(' + ', '-')}-{sparsity:.2f}"
                 seconds = prune(method, sparsity, ids, out)
-                row = {"method": method, "windows": len(ids), "seconds": f"{seconds:.0f}"}
+                used = 0 if method == "magnitude" else len(ids)
+                row = {"method": method, "windows": used, "seconds": f"{seconds:.0f}"}
                 measure(out, args.eval_text, row, args.csv)
 
 
