@@ -188,6 +188,8 @@ def test_stack_refuses_what_does_not_match():
     ]:
         with pytest.raises(ValueError, match="differ in format, shape, dtype or shards"):
             jf.stack([a, other])
+    with pytest.raises(TypeError, match="expected weights from encode, got int"):
+        jf.stack([a, 1])
 
 
 # ---- Tiled-CSL's bytes ----
@@ -330,6 +332,8 @@ def test_dead_entries_have_no_gradient_and_a_training_step_keeps_the_structure(d
         (np.ones((2, 2), np.float32), {}, TypeError, "got float32; cast first"),
         (np.ones((2, 2), np.int8), {}, TypeError, "got int8"),
         ([[1.0]], {}, TypeError, "got list"),
+        (jax.ShapeDtypeStruct((2, 2), np.float16), {}, TypeError, "with values, got Shape"),
+        (jf.encode(np.ones((2, 2), np.float16)), {}, TypeError, r"to_dense\(\) decodes a weight"),
         (np.ones(3, np.float16), {}, ValueError, r"got \[3\]"),
         (np.ones((2, 0), np.float16), {}, ValueError, r"got \[2, 0\]"),
         (np.ones((1, 2, 3), np.float16), {}, ValueError, r"got \[1, 2, 3\]"),
@@ -364,6 +368,14 @@ def test_constructors_refuse_buffers_of_other_shapes(format):
     ]:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(w, **changes)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_to_dense_of_garbage_says_what_is_wrong(format):
+    w = jf.encode(sparse_matrix((40, 300), np.float16, 0.5), format)
+    garbage = dataclasses.replace(w, offsets=w.offsets * 50)
+    with pytest.raises(ValueError, match=r"offsets|chunks"):
+        garbage.to_dense()
 
 
 def changed(array, at, value):

@@ -93,10 +93,14 @@ def stack(weights: list[SparseWeight]) -> SparseWeight:
     """Stacks equal-shaped weights along a new leading axis, for `lax.scan` and `vmap`.
 
     Capacities differ from weight to weight, so shorter value buffers are padded. Raises
-    ValueError when formats, shapes, dtypes or shards differ.
+    TypeError for other than encoded weights, ValueError when formats, shapes, dtypes or shards
+    differ.
     """
     if not weights:
         raise ValueError("stack: needs at least one weight")
+    for w in weights:
+        if not isinstance(w, SparseWeight):
+            raise TypeError(f"stack: expected weights from encode, got {type(w).__name__}")
     kinds = {(type(w), w.shape, w.dtype, w.shards) for w in weights}
     if len(kinds) > 1:
         raise ValueError(

@@ -103,10 +103,17 @@ class SparseWeight:
         return math.prod((*self.values.shape[:-2], *self.shape))
 
     def to_dense(self) -> np.ndarray:
-        """W [M, K] in NumPy, bit for bit; [L, M, K] of a stack."""
+        """W [M, K] in NumPy, bit for bit; [L, M, K] of a stack.
+
+        Raises ValueError, as `validate` does, where the buffers contradict each other.
+        """
         if len(self.values.shape) > 2:
             return np.stack([w.to_dense() for w in self._unstacked()])
-        return self._to_dense()
+        try:
+            return self._to_dense()
+        except (IndexError, ValueError):
+            self.validate()  # says what is wrong
+            raise
 
     def validate(self) -> None:
         """Checks the contents of the buffers; raises ValueError naming what is wrong.
@@ -190,6 +197,11 @@ def check_dense(dense, shards: int) -> None:
     shape, dtype = getattr(dense, "shape", None), getattr(dense, "dtype", None)
     if shape is None or dtype is None:
         raise TypeError(f"encode: expected a NumPy or JAX array, got {type(dense).__name__}")
+    if isinstance(dense, SparseWeight | jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"encode: expected an array with values, got {type(dense).__name__}; "
+            "w.to_dense() decodes a weight that is encoded"
+        )
     if isinstance(dense, jax.core.Tracer):
         raise TypeError(
             "encode: the number of nonzeros decides the size of the result, so it cannot run "
