@@ -211,20 +211,26 @@ class Blocks:
         x = self._embed()
         for i in range(self.count):
             self.say(f"layers.{i}")
-            block, parts = self._block(i)
-            if self._path(i).is_dir():
-                self.advance(len(x))
-                pruned = self._read(i)
-            else:
-                pruned = self._prune(block, parts, x, sparsities[i])
-                self._save(i, *pruned)
-                pruned = pruned[0]
-            if i + 1 == self.count:
-                self.advance(len(x))
-                break
-            for names, part in parts.items():
-                part.kernel[...] = jnp.concatenate([jnp.asarray(pruned[n]) for n in names])
-            self._forward(block, x)
+            self._advance_past(i, x, sparsities[i])
+
+    def _advance_past(self, i: int, x: np.ndarray, sparsity: float) -> None:
+        """Prunes block i if it is not finished, then x <- pruned block(x), in place.
+
+        The block's arrays end with the call, so that two are never on the accelerator.
+        """
+        block, parts = self._block(i)
+        if self._path(i).is_dir():
+            self.advance(len(x))
+            pruned = self._read(i)
+        else:
+            pruned, errors = self._prune(block, parts, x, sparsity)
+            self._save(i, pruned, errors)
+        if i + 1 == self.count:
+            self.advance(len(x))
+            return
+        for names, part in parts.items():
+            part.kernel[...] = jnp.concatenate([jnp.asarray(pruned[n]) for n in names])
+        self._forward(block, x)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor of the model, when all blocks are finished."""
@@ -330,19 +336,23 @@ class Blocks:
 
     def _owl(self, M: float, lam: float) -> list[float]:
         """OWL's sparsity of every block, from the dense model."""
-        ratios = []
         x = self._embed()
-        for i in range(self.count):
-            self.say(f"outliers {i}")
-            block, parts = self._block(i, diagonal=True)
-            self._observe(block, x)
-            scores = []
-            for names, part in parts.items():
-                self._check_finite(part.gram[...], names)
-                scores.append(prune.wanda_scores(part.kernel[...], jnp.sqrt(part.gram[...])))
-            ratios.append(prune.outlier_ratio(scores, M))
-            self._forward(block, x)
+        ratios = [self._outlier_ratio(i, x, M) for i in range(self.count)]
         return [float(s) for s in prune.owl(ratios, self.recipe.sparsity, lam)]
+
+    def _outlier_ratio(self, i: int, x: np.ndarray, M: float) -> float:
+        """D of block i, and x <- block(x) in place; the block's arrays end with the call."""
+        self.say(f"outliers {i}")
+        block, parts = self._block(i, diagonal=True)
+        self._observe(block, x)
+        scores = []
+        for names, part in parts.items():
+            self._check_finite(part.gram[...], names)
+            scores.append(prune.wanda_scores(part.kernel[...], jnp.sqrt(part.gram[...])))
+        ratio = prune.outlier_ratio(scores, M)
+        del scores
+        self._forward(block, x)
+        return ratio
 
     def _check_finite(self, h: jax.Array, names: Sequence[str]) -> None:
         if not bool(jnp.isfinite(h).all()):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 import tiny_opt
@@ -174,6 +175,32 @@ def test_windows_are_shared_out_over_devices(tmp_path, fresh_process, monkeypatc
         # Sums in another order, then rounding to float16; a mask may differ in a near tie.
         differ = ~np.isclose(one[name], four[name], rtol=1e-2, atol=1e-3)
         assert differ.mean() < 0.01
+
+
+@pytest.mark.parametrize("owl", [None, (5.0, 0.05)], ids=["same", "owl"])
+def test_one_block_is_on_the_accelerator_at_a_time(tmp_path, monkeypatch, owl):
+    """However many blocks there are: what a 66B model needs is host memory."""
+    monkeypatch.setattr(pruning, "SCORES_BYTES", 1)  # one window a call
+    idle = sum(a.nbytes for a in jax.live_arrays())
+    live = lambda: sum(a.nbytes for a in jax.live_arrays()) - idle  # noqa: E731
+    with checkpoint_of(tmp_path, num_hidden_layers=4) as checkpoint:
+        source, between, during = Source(checkpoint, None), [], []
+        read = source.read
+
+        def look(name):
+            if name.endswith("self_attn_layer_norm.weight"):  # a block's first
+                between.append(live())
+            return read(name)
+
+        monkeypatch.setattr(source, "read", look)
+        recipe = dataclasses.replace(SPARSEGPT, owl=owl)
+        Blocks(source, recipe, IDS, tmp_path / "work", None, advance=lambda _: during.append(live())
+               ).run()  # fmt: skip
+        shapes = [checkpoint.shape(n) for n in source.linear if "layers.0." in n]
+    assert len(between) == (8 if owl else 4)
+    assert max(between) == 0
+    # float16 weights, counted once more as placed, and float32 Grams of every matrix's inputs.
+    assert 0 < max(during) < sum(2 * 2 * m * k + 4 * k * k for m, k in shapes)
 
 
 def test_windows_spread_over_the_text_and_refuse_a_short_one():
