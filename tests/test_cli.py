@@ -462,6 +462,36 @@ def test_a_disk_that_fills_while_saving_keeps_the_finished_blocks(command, insid
     assert sorted(os.listdir(tmp_path)) == ["out", "text.txt", "tiny"]
 
 
+KILLED = """
+import os, signal
+from jax_flashllm.models import pruning
+save = pruning.save_packed
+def dying(out, config, tensors, *rest):
+    def some():
+        for i, tensor in enumerate(tensors):
+            if out.name == "layers.1" and i == 1:  # in the middle of the second block's file
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield tensor
+    return save(out, config, some(), *rest)
+pruning.save_packed = dying
+"""
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_files(command, tiny, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three " * 100)
+    args = ("prune", tiny, "--method", "sparsegpt", "--sparsity", "0.6", "--samples", "2",
+            "--context", "32", "--calibration", tmp_path / "text.txt", "--out")  # fmt: skip
+    assert command(*args, tmp_path / "cut", first=KILLED).returncode == -signal.SIGKILL
+    work = tmp_path / "cut.partial"
+    assert (work / "layers.0").is_dir()
+    assert not (work / "layers.1").exists()
+    assert command(*args, tmp_path / "cut").returncode == 0
+    assert not work.exists()
+    assert command(*args, tmp_path / "whole").returncode == 0
+    for file in sorted(os.listdir(tmp_path / "whole")):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(command, tmp_path):
     (tmp_path / "file").write_text("")
     result = command(
