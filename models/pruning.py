@@ -182,7 +182,10 @@ class Blocks:
         heads, T = config.num_attention_heads, ids.shape[1]
         devices = jax.devices() if devices is None else devices
         self.mesh = Mesh(np.array(devices), ("samples",))
-        self.batch = max(SCORES_BYTES // (4 * heads * T * T), 1) * len(devices)
+        # Parts of one size, so that each program compiles once.
+        n = len(devices)
+        calls = -(-len(ids) // (max(SCORES_BYTES // (4 * heads * T * T), 1) * n))
+        self.batch = -(-len(ids) // (calls * n)) * n
         self._check_work()
 
     @property
