@@ -196,7 +196,7 @@ def plot(rows: list[dict], text: str, out: Path) -> None:
         colors.setdefault(base, f"C{len(colors)}")
         axes.plot(
             *zip(*own, strict=True), marker=STYLES.get(base, "*"), color=colors[base], label=method,
-            ls="-" if base == method else "--",
+            ls="-" if base == method else "--", mfc=None if base == method else "white",
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("sparsity of the linear layers")
