@@ -14,7 +14,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
@@ -122,11 +121,11 @@ def _spmm_jvp(primals, tangents, *, format, shape, activation):
 
 def _spmm_transpose(ct, *args, format, shape, activation):
     # y = x W^T, so x_bar = y_bar W and W_bar = y_bar^T x, of which the stored part is kept.
-    # Bias and activation are dealt with in the JVP rule: what is transposed has neither.
+    # Gradients do not meet a bias here, since the JVP rule takes it apart; linear_transpose may.
     if activation is not None:
         raise NotImplementedError(f"spmm: with activation {activation!r} it is not linear")
-    *index, values, x, _bias = args
-    x_bar = values_bar = None
+    *index, values, x, bias = args
+    x_bar = values_bar = bias_bar = None
     if type(ct) is ad.Zero:
         return [None] * len(args)
     if ad.is_undefined_primal(x):
@@ -140,7 +139,9 @@ def _spmm_transpose(ct, *args, format, shape, activation):
         values_bar = sample_p.bind(
             *index, dense_bar, format=format, shape=shape, capacity=values.aval.shape[1]
         )
-    return [*[None] * len(index), values_bar, x_bar, None]
+    if ad.is_undefined_primal(bias) and bias.aval.size:
+        bias_bar = ct.reshape(-1, ct.shape[-1]).sum(0, dtype=jnp.float32).astype(bias.aval.dtype)
+    return [*[None] * len(index), values_bar, x_bar, bias_bar]
 
 
 def _map_over(p, args, dims, params):
@@ -242,7 +243,3 @@ for _p in (decode_p, sample_p):
 def cpu_kernels() -> str:
     """The instruction set that CPU products use: "avx512", "avx2" or "portable"."""
     return _flashllm.cpu_kernels()
-
-
-def is_half(dtype) -> bool:
-    return np.dtype(dtype).itemsize == 2

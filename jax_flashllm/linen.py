@@ -9,7 +9,7 @@ The variables lie in two collections, so that gradients and optimizers see only 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,24 @@ class SparseDense(linen.Module):
     format: Format = "auto"
     shards: int = 1
 
+    @classmethod
+    def from_dense(
+        cls, params: Mapping[str, Any], sparsity: float | None = None, **arguments: Any
+    ) -> tuple[Self, dict[str, dict]]:
+        """(module, variables) that stand for a linen.Dense with these params.
+
+        params: {"kernel": [K, M], "bias": [M]}; without bias if it has none.
+        sparsity: as in `variables_from_dense`.
+        arguments: of SparseDense; format, shards and param_dtype also say how to encode.
+        """
+        names = ("format", "shards", "param_dtype")
+        how = {name: arguments[name] for name in names if name in arguments}
+        variables = variables_from_dense(params, sparsity, **how)
+        features = jnp.shape(params["kernel"])[1]
+        return cls(features, use_bias="bias" in params, **arguments), variables
+
     @linen.compact
-    def __call__(self, inputs: jax.Array, activation: str | None = None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *, activation: str | None = None) -> jax.Array:
         """activation(inputs W^T + bias), bias and activation in the kernel's epilogue.
 
         inputs: [..., K].   activation: None, "relu" or "gelu" (exact).   Returns [..., M].

@@ -91,7 +91,9 @@ class OPTConfig:
             )
 
     def _check_token(self, name: str, token: Any) -> None:
-        if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+        if token is None:
+            return
+        if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < 2**31:
             raise ValueError(f"OPTConfig: {name} is {token!r}; it is a token id or null.")
 
     @property

@@ -92,6 +92,11 @@ def perplexity(
     for i in range(0, padded, B):
         part = np.asarray(losses(state, windows[i : i + B]), np.float64)
         nats += float(part[scored[i : i + B]].sum())
+        if math.isnan(nats):
+            raise ValueError(
+                f"perplexity: the model gives NaN within tokens {i * T} to {(i + B) * T}; are its "
+                "weights damaged, or is the dtype too narrow for them? Try float32."
+            )
         if on_batch is not None:
             on_batch(int(scored[: i + B].sum()), nats)
     size = 0 if token_bytes is None else int(token_bytes[windows[:, 1:]][scored].sum())

@@ -290,6 +290,8 @@ def _check_ends(config: OPTConfig, stop: Any, eos_token_id: Any) -> list[np.ndar
                 f"generate: eos_token_id holds {token}, outside the vocabulary of "
                 f"{config.vocab_size}; pass () to end at no token."
             )
+    if stop is not None and not hasattr(stop, "__iter__"):
+        raise ValueError(f"generate: stop is {stop!r}; pass a list of token ids, or of such lists.")
     sequences = [] if stop is None else list(stop)
     if sequences and all(isinstance(token, (int, np.integer)) for token in sequences):
         sequences = [sequences]
@@ -299,6 +301,11 @@ def _check_ends(config: OPTConfig, stop: Any, eos_token_id: Any) -> list[np.ndar
             raise ValueError(
                 f"generate: stop sequence {sequence!r} is not a list of token ids; encode text "
                 "with the tokenizer first."
+            )
+        if array.min() < 0 or array.max() >= config.vocab_size:
+            raise ValueError(
+                f"generate: stop sequence {sequence!r} leaves the vocabulary of "
+                f"{config.vocab_size}; it could never match."
             )
         ends.append(list(array))
     return [np.asarray(end, np.int32) for end in ends]

@@ -297,6 +297,14 @@ class OPT(nnx.Module):
             raise ValueError(
                 f"OPT: input_ids has shape {input_ids.shape}; pass [B, T], a row per sequence."
             )
+        if not jnp.issubdtype(input_ids.dtype, jnp.integer):
+            raise TypeError(f"OPT: input_ids is {input_ids.dtype}; pass token ids, e.g. int32.")
+        most = self.config.max_position_embeddings
+        if not 1 <= input_ids.shape[1] <= most:
+            raise ValueError(
+                f"OPT: input_ids has {input_ids.shape[1]} tokens a row; this model takes 1 to "
+                f"{most}."
+            )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"OPT: attention_mask is {attention_mask.shape} but input_ids is "

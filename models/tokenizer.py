@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+# The library raises nothing narrower than Exception, and its panics are BaseExceptions.
+_PASS_ON = (KeyboardInterrupt, SystemExit, MemoryError)
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 
 
@@ -20,6 +22,9 @@ class TextTokenizer:
     """Encodes and decodes; make it with `open_tokenizer`."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
+        # tokenizer.json may carry both from training; here a text is taken whole.
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
 
     @property
@@ -28,15 +33,22 @@ class TextTokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, after the tokenizer's own prefix if it has one."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of `text`, after the tokenizer's own prefix if it has one.
+
+        Raises ValueError when the tokenizer's files contradict themselves.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except _PASS_ON:
+            raise
+        except BaseException as error:
+            raise ValueError(
+                f"tokenizer: it cannot encode the text ({error}); fetch tokenizer.json again."
+            ) from error
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
-
-    def token_id(self, token: str) -> int | None:
-        return self._backend.token_to_id(token)
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: the bytes of text each token stands for, 0 for special tokens."""
@@ -100,7 +112,9 @@ def open_tokenizer(path: str | os.PathLike) -> TextTokenizer:
     if whole.is_file():
         try:
             return TextTokenizer(tokenizers.Tokenizer.from_file(str(whole)))
-        except Exception as error:  # the library raises nothing narrower
+        except _PASS_ON:
+            raise
+        except BaseException as error:
             raise ValueError(
                 f"tokenizer: {whole} cannot be read ({error}); fetch it again."
             ) from error
@@ -117,7 +131,9 @@ def open_tokenizer(path: str | os.PathLike) -> TextTokenizer:
 def _opt_bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     try:
         bpe = tokenizers.models.BPE.from_file(str(vocab), str(merges))
-    except Exception as error:  # as above
+    except _PASS_ON:
+        raise
+    except BaseException as error:
         raise ValueError(
             f"tokenizer: {vocab} and {merges.name} cannot be read ({error}); fetch both again."
         ) from error

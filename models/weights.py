@@ -38,7 +38,10 @@ def load(path: str | os.PathLike, dtype: Any, attention_implementation: Implemen
     """See `opt.load`."""
     with checkpoint.open_checkpoint(path) as ckpt:
         names, config = verify(ckpt)
-        cast = None if dtype is None else jnp.dtype(dtype)
+        try:
+            cast = None if dtype is None else jnp.dtype(dtype)
+        except TypeError:
+            cast = dtype
         if cast is not None and cast not in _FLOATS:
             raise ValueError(
                 f"opt.load: dtype is {cast}; choose float16, bfloat16, float32 or None."
@@ -122,12 +125,16 @@ class _Names:
                 f"checkpoint? It holds {', '.join(map(repr, sorted(stored)[:3]))}, ..."
             )
         self.prefix = prefix
-        self.stored = {
-            name.removeprefix(prefix): name
-            for name in stored
-            # metaseq's exports carry a version number beside the weights
-            if name != prefix + "version"
-        }
+        self.stored: dict[str, str] = {}
+        for name in sorted(stored):
+            own = name.removeprefix(prefix)
+            if own in self.stored:
+                raise ValueError(
+                    f"opt.load: {ckpt.path} holds {own!r} twice, as {self.stored[own]!r} and "
+                    f"{name!r}. Remove one of them."
+                )
+            if own != "version" or name == own:  # metaseq's exports carry a number beside weights
+                self.stored[own] = name
 
     def check(self, shapes: dict[str, tuple[int, ...]], config: OPTConfig) -> None:
         """Raises ValueError unless exactly the tensors of `shapes` are stored, so shaped."""

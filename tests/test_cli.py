@@ -302,6 +302,7 @@ def hostile(path):
         ("prune tiny --out new --sparsity 70", "70 is out of range, pass from 0 to 1"),
         ("prune tiny --out new --sparsity=-0.1", "-0.1 is out of range"),
         ("prune tiny --out new", "required: --sparsity"),
+        ("prune --model nowhere --out new --sparsity 0.5", "nowhere does not exist"),
         ("prune tiny --out tiny --sparsity 0.5", "tiny exists; choose another --out"),
         ("prune tiny --out . --overwrite --sparsity 0.5", "no packed model has"),
         ("prune nowhere --out new --sparsity 0.5", "nowhere does not exist"),

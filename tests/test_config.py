@@ -68,6 +68,8 @@ def test_presets_have_the_published_sizes(name, billions):
         ({"init_std": float("nan")}, ["init_std", "nan"]),
         ({"eos_token_id": [2, "x"]}, ["eos_token_id", "'x'"]),
         ({"pad_token_id": 1.5}, ["pad_token_id", "1.5"]),
+        ({"pad_token_id": 2**31}, ["pad_token_id", str(2**31)]),
+        ({"eos_token_id": 10**12}, ["eos_token_id", str(10**12)]),
     ],
 )
 def test_errors_carry_the_value_and_the_next_step(change, words):

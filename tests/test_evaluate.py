@@ -74,6 +74,15 @@ def test_a_hopeless_model_is_infinitely_perplexed():
     assert Perplexity(1e6, 10, 10).per_token == math.inf
 
 
+def test_nan_logits_are_no_perplexity(model):
+    import copy
+
+    broken = copy.deepcopy(model)
+    broken.embed_positions.embedding[...] = broken.embed_positions.embedding[...].at[2].set(np.nan)
+    with pytest.raises(ValueError, match=r"gives NaN within tokens 0 to"):
+        perplexity(broken, np.arange(50) % VOCAB)
+
+
 @pytest.mark.parametrize(
     ("ids", "kwargs", "says"),
     [

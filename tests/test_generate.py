@@ -269,6 +269,8 @@ def test_buckets(n, least, steps, expected):
         (dict(seed=0.5), r"seed is 0\.5"),
         (dict(stop=[[]]), r"stop sequence \[\]"),
         (dict(stop="end"), "stop sequence 'e'.*tokenizer"),
+        (dict(stop=[3, 10**12]), r"stop sequence \[3, 1000000000000\] leaves the vocabulary"),
+        (dict(stop=5), "stop is 5; pass a list of token ids"),
         (dict(stop=["end"]), "stop sequence 'end'.*tokenizer"),
         (dict(eos_token_id=61), "eos_token_id.*61.*vocabulary of 61"),
         (dict(eos_token_id="x"), "eos_token_id is 'x'"),

@@ -31,7 +31,7 @@ class SparseMLP(linen.Module):
 
     @linen.compact
     def __call__(self, x):
-        y = SparseDense(30, name="up", sparsity=self.sparsity)(x, "relu")
+        y = SparseDense(30, name="up", sparsity=self.sparsity)(x, activation="relu")
         return SparseDense(40, name="Dense_0", sparsity=self.sparsity)(y)
 
 
@@ -66,7 +66,7 @@ def test_a_given_weight(format):
     dense = sparse_matrix((24, 40), np.float16, 0.3)
     w, bias = jf.encode(dense, format, shards=2), np.ones(24, np.float32)
     variables = variables_from_encoded(w, bias)
-    y = SparseDense(24).apply(variables, X, "gelu")
+    y = SparseDense(24).apply(variables, X, activation="gelu")
     assert_product(y, X, dense, bias, "gelu")
     y = SparseDense(24, use_bias=False).apply(variables_from_encoded(w), X)
     assert_product(y, X, dense)
@@ -83,6 +83,26 @@ def test_a_whole_model_from_dense_params():
     some = variables_from_dense(params, 0.5, filter=lambda path: path != ("up",))
     np.testing.assert_array_equal(some["params"]["up"]["kernel"], params["up"]["kernel"])
     assert set(some["sparse"]) == {"Dense_0"}
+
+
+def test_a_layer_from_dense_params():
+    params = {"kernel": np.asarray(sparse_matrix((40, 24), np.float16, 0.3)), "bias": np.ones(24)}
+    layer, variables = SparseDense.from_dense(params, format="tiled_csl", dtype=jnp.float32)
+    assert_product(layer.apply(variables, X), X, params["kernel"].T, params["bias"])
+    layer, variables = SparseDense.from_dense({"kernel": params["kernel"]}, 0.9)
+    assert variables["params"].keys() == {"kernel"}
+    assert np.count_nonzero(layer.apply(variables, np.eye(40, dtype=np.float32))) == 4 * 24
+
+
+def test_orbax_round_trip(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    model = SparseMLP(sparsity=0.5)
+    variables = model.init(jax.random.key(0), X)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "mlp", variables)
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(tmp_path / "mlp", variables)
+    np.testing.assert_array_equal(model.apply(back, X), model.apply(variables, X))
 
 
 def test_training_with_optax():
@@ -106,12 +126,12 @@ def test_training_with_optax():
     assert losses[-1] < losses[0] / 2
 
 
-def test_vmap_and_scan_over_layers():
+def test_scan_over_layers():
     class Stack(linen.Module):
         @linen.compact
         def __call__(self, x):
             layer = linen.scan(
-                lambda m, x, _: (m(x, "relu"), None),
+                lambda m, x, _: (m(x, activation="relu"), None),
                 variable_axes={"params": 0, "sparse": 0},
                 split_rngs={"params": True},
                 length=2,
@@ -131,7 +151,7 @@ def test_vmap_and_scan_over_layers():
     variables = {kind: {"SparseDense_0": v} for kind, v in variables.items()}
     y = X
     for v in layers:
-        y = SparseDense(40).apply(v, y, "relu")
+        y = SparseDense(40).apply(v, y, activation="relu")
     close(Stack().apply(variables, X), y)
 
 

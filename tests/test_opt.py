@@ -175,6 +175,15 @@ def test_tensors_are_those_that_were_loaded(tmp_path, variant, sparsity):
         np.testing.assert_array_equal(value, stored[name])
 
 
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    config = tiny_opt.config("plain")
+    tensors = tiny_opt.weights(config)
+    tensors[FC1.removeprefix("model.decoder.")] = tensors[FC1] + 1
+    tiny_opt.save(tmp_path, config, tensors)
+    with pytest.raises(ValueError, match=r"holds 'layers.*fc1.weight' twice"):
+        opt.load(tmp_path)
+
+
 @pytest.mark.parametrize("prefix", ["model.decoder.", "decoder.", ""])
 def test_every_prefix_loads(tmp_path, prefix):
     config = tiny_opt.config("plain")
@@ -243,6 +252,8 @@ def test_a_value_past_fp16_is_not_made_infinite(tmp_path):
 def test_an_unusable_dtype_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"int8.*float16"):
         load(tmp_path, dtype=jnp.int8)
+    with pytest.raises(ValueError, match="dtype is half a float; choose float16"):
+        load(tmp_path, dtype="half a float")
 
 
 def test_loading_takes_little_more_memory_than_the_file(tmp_path, fresh_process):
@@ -281,6 +292,12 @@ def test_shape_errors_name_the_shapes(tmp_path):
     cache = KVCache.create(model.config, 1, 4, jnp.float32)
     with pytest.raises(ValueError, match="4 slots"):
         model(jnp.zeros((1, 9), int), None, cache)
+    with pytest.raises(TypeError, match=r"float32; pass token ids"):
+        model(jnp.zeros((1, 9), jnp.float32))
+    context = model.config.max_position_embeddings
+    for length in (0, context + 1):  # positions past the end would be clamped, without a word
+        with pytest.raises(ValueError, match=f"{length} tokens a row; .* 1 to {context}"):
+            model(jnp.zeros((1, length), int))
     with pytest.raises(ValueError, match="rngs"):
         opt.OPT(model.config)
 

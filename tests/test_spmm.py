@@ -461,6 +461,9 @@ def test_linear_transpose():
     y_bar = tokens(3, 40)
     (x_bar,) = jax.linear_transpose(lambda x: jf.spmm(w, x), tokens(3, 70))(y_bar)
     close(x_bar, y_bar @ dense.astype(np.float32))
+    zeros = np.zeros((3, 70), np.float32)
+    (bias_bar,) = jax.linear_transpose(lambda b: jf.spmm(w, zeros, b), y_bar[0])(y_bar)
+    np.testing.assert_allclose(bias_bar, y_bar.sum(0), rtol=1e-6)
     relu = jax.linear_transpose(lambda x: jf.spmm(w, x, activation="relu"), tokens(3, 70))
     with pytest.raises(NotImplementedError, match="not linear"):
         relu(y_bar)

@@ -41,7 +41,6 @@ def test_opt_text_starts_with_its_end_token(opt_files):
     assert t.decode(ids) == "It was"
     assert t.decode(ids, skip_special_tokens=False) == "</s>It was"
     assert t.vocab_size == len(json.loads((opt_files / "vocab.json").read_text()))
-    assert t.token_id("<pad>") == 1
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -96,6 +95,33 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(ValueError, match=r"only vocab.json"):
         open_tokenizer(tmp_path)
+
+
+def test_truncation_and_padding_in_the_file_are_not_for_us(opt_files, tmp_path):
+    t = open_tokenizer(opt_files)
+    t._backend.enable_truncation(3)
+    t._backend.enable_padding(length=50)
+    t._backend.save(str(tmp_path / "tokenizer.json"))
+    ids = open_tokenizer(opt_files).encode(TEXTS[0])
+    assert 3 < len(ids) < 50
+    assert open_tokenizer(tmp_path).encode(TEXTS[0]) == ids
+
+
+def test_a_tokenizer_that_cannot_encode_says_so(tmp_path):
+    words = tokenizers.models.WordLevel({"a": 0}, unk_token="<unk>")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"cannot encode the text .* fetch tokenizer.json again"):
+        open_tokenizer(tmp_path).encode("b")
+
+
+def test_a_panic_of_the_library_is_an_error_like_others(opt_files, tmp_path):
+    t = open_tokenizer(opt_files)
+    t._backend.save(str(tmp_path / "tokenizer.json"))
+    broken = json.loads((tmp_path / "tokenizer.json").read_text())
+    broken["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match="tokenizer"):
+        open_tokenizer(tmp_path).encode("a")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}', json.dumps({"version": "1.0"})])

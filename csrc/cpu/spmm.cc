@@ -27,13 +27,15 @@ std::atomic<const Kernels*> g_kernels{nullptr};
 const Kernels* Best() {
 #ifdef FLASHLLM_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  // What CMakeLists.txt compiles the two files for.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt"))
+      __builtin_cpu_supports("avx512vbmi2"))
     return &kAvx512Kernels;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt"))
-    return &kAvx2Kernels;
+  if (avx2) return &kAvx2Kernels;
 #endif
   return &kPortableKernels;
 }

@@ -31,7 +31,8 @@ def encode(
 
     dense: [M, K] = [out_features, in_features], float16 or bfloat16, NumPy or JAX. Encoding
         runs on the host; the result lies on JAX's default device.
-    format: "auto" takes the smaller of the two.
+    format: "auto" takes the one that is smaller at this density where the nonzeros are spread
+        evenly: a bitmap from 1/16 up.
     shards: row blocks S, so that the result can be sharded over S devices.
 
     -0.0 is stored, as its bits are not all zero. `w * mask` makes many: where more than one weight

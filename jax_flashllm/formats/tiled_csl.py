@@ -87,7 +87,14 @@ class TiledCSL(SparseWeight):
 
     def _counts(self, s: int) -> tuple[np.ndarray, np.ndarray]:
         """Chunks and tail vectors of each block of shard s."""
-        counts = np.diff(np.asarray(self.offsets[s]).astype(np.int64), axis=0)
+        offsets = np.asarray(self.offsets[s]).astype(np.int64)
+        counts = np.diff(offsets, axis=0)
+        # Before memory is asked for by what they say.
+        if (counts < 0).any() or 32 * offsets[-1, 0] + 4 * offsets[-1, 1] > self.index.shape[-1]:
+            raise ValueError(
+                f"TiledCSL: the offsets of shard {s} fall, or end behind the "
+                f"{self.index.shape[-1]} words of index"
+            )
         return counts[:, 0], counts[:, 1]
 
     def _lists(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

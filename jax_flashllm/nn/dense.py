@@ -55,7 +55,9 @@ class SparseDense(nnx.Module):
     Attributes: `kernel` (the stored values), `kernel_index` and `kernel_offsets` as in this
     module's header, `bias` (nnx.Param [M] or None), `weight` (all of it, encoded).
     Sharding annotations of `kernel_init` name axes of [K, M], which the values do not have: they
-    are dropped. Training updates the values; which weights are zero stays.
+    are dropped. Training updates the values; which weights are zero stays. In Flax's tree mode
+    split the model first and differentiate in the Params, or pass `allow_int=True`: the index is
+    integers, which JAX does not differentiate in.
     """
 
     def __init__(
@@ -179,7 +181,7 @@ class SparseDense(nnx.Module):
         shape = self.out_features, self.in_features
         return rebuild(self.kernel[...], self.kernel_index[...], self.kernel_offsets[...], shape)
 
-    def __call__(self, inputs: jax.Array, activation: str | None = None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *, activation: str | None = None) -> jax.Array:
         """activation(inputs W^T + bias), bias and activation in the kernel's epilogue.
 
         inputs: [..., K].   activation: None, "relu" or "gelu" (exact).   Returns [..., M] in

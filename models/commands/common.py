@@ -18,7 +18,13 @@ DEMO = Path(__file__).parent.parent / "demo"
 DTYPES = ("float16", "bfloat16", "float32")
 
 
-def add_model(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
+def add_model(
+    parser: argparse.ArgumentParser, dtype: bool = True, positional: bool = False
+) -> None:
+    if positional:  # as well; absent, it leaves --model's value alone
+        parser.add_argument(
+            "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="as --model"
+        )
     parser.add_argument(
         "--model",
         default="demo",
@@ -91,13 +97,15 @@ def cache_compilations() -> None:
         return
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = os.path.join(root, "jax_flashllm")
+    if not os.path.isabs(path):  # "~" where no home is known
+        return
     try:
         # Compiled programs are run when they are found: nobody else may put some there.
         os.makedirs(path, mode=0o700, exist_ok=True)
         mine = os.stat(path).st_uid == os.getuid() and os.access(path, os.W_OK | os.X_OK)
     except (OSError, AttributeError):
         return
-    if mine and os.path.isabs(path):
+    if mine:
         jax.config.update("jax_compilation_cache_dir", path)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -14,15 +14,11 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="directory, or 'demo' (the default)"
-    )
-    parser.add_argument("--model", dest="option", metavar="DIR", help="the same as an option")
+    common.add_model(parser, dtype=False, positional=True)
 
 
 def run(args: argparse.Namespace) -> None:
-    named = args.model if args.option is None else args.option
-    path = common.model_path("demo" if named is None else named)
+    path = common.model_path(args.model)
     from jax_flashllm.models.checkpoint import open_checkpoint
     from jax_flashllm.models.config import OPTConfig
 

@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face OPT, or 'demo'")
+    common.add_model(parser, dtype=False, positional=True)
     parser.add_argument(
         "--method", choices=("magnitude", "wanda", "sparsegpt"), default="magnitude"
     )
