@@ -1,24 +1,25 @@
-"""The one-device primitives: FFI targets, abstract evaluation, lowerings, batching, derivatives.
+"""The primitives: FFI targets, shapes, what one device runs, batching, derivatives.
 
-    spmm_p    index..., values, x, bias -> act(x W^T + bias)   x [..., K] -> [..., S R]
-    decode_p  index..., values          -> W                   [S R, K]
-    sample_p  index..., dense [S R, K]  -> values              [S, capacity]
+    spmm_p    index..., values, x, bias -> act(x W^T + bias)   x [..., K] -> [..., M]
+    decode_p  index..., values          -> W                   [M, K]
+    sample_p  index..., dense [M, K]    -> values              [S, capacity]
 
-`index` is the two index buffers of the format, S the row blocks of R rows, M <= S R. W is
-linear in its values: `decode_p` and `sample_p` are each other's transposes, and the
-derivatives of `spmm_p` are products with the decoded W.
+`index` is the two index buffers of the format; M and K are rounded up to whole blocks, S in all.
+W is linear in its values: `decode_p` and `sample_p` are each other's transposes, and the
+derivatives of `spmm_p` are products with the decoded W. What several devices do is
+partition.py's to say; here is what one of them does.
 """
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import ad, batching
 
-from jax_flashllm import _flashllm
+from jax_flashllm import _flashllm, partition
+from jax_flashllm.partition import BLOCK, COLUMNS, OWN, ROWS
 
 ACTIVATIONS = {
     None: (0, lambda z: z),
@@ -42,8 +43,10 @@ def _register_targets():
 _register_targets()
 
 
-def _shard_rows(shape, shards: int) -> int:
-    return -(-shape[0] // shards)
+def _padded(shape: tuple[int, int], shards: int, columns: int) -> tuple[int, int]:
+    """[M, K] rounded up to whole blocks."""
+    rows = shards // columns
+    return rows * -(-shape[0] // rows), columns * -(-shape[1] // columns)
 
 
 # ---- lowering ----
@@ -54,19 +57,27 @@ def _call(op: str, format: str, out, *operands, **attributes):
     return jax.ffi.ffi_call(target, out)(*operands, **attributes)
 
 
-def _no_cuda(ctx, *args, **params):
+def _no_cuda(*args, **params):
     raise NotImplementedError(
         "jax_flashllm was built without CUDA: put nvcc (CUDA 12.8 or newer) on the PATH and "
         "install again with `pip install . -C cmake.define.FLASHLLM_CUDA=ON`"
     )
 
 
-def _register(p: Primitive, abstract_eval, cpu, cuda):
-    p.def_impl(partial(xla.apply_primitive, p))
-    p.def_abstract_eval(abstract_eval)
-    mlir.register_lowering(p, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
-    cuda_rule = mlir.lower_fun(cuda, multiple_results=False) if _HAS_CUDA else _no_cuda
-    mlir.register_lowering(p, cuda_rule, platform="cuda")
+def _register(p: Primitive, roles, shape, cpu, cuda):
+    partition.register(p, roles, shape, {"cpu": cpu, "cuda": cuda if _HAS_CUDA else _no_cuda})
+
+
+def _weight_roles(*buffers):
+    return [(BLOCK, *(OWN,) * (b.ndim - 1)) for b in buffers]
+
+
+def _by_column(shape: tuple[int, int], columns: int, *buffers):
+    """The column blocks of a weight: (buffers, a slice of K) of each."""
+    rows, width = buffers[0].shape[0] // columns, -(-shape[1] // columns)
+    for c in range(columns):
+        part = [lax.slice_in_dim(b, c * rows, (c + 1) * rows) for b in buffers]
+        yield part, slice(c * width, (c + 1) * width)
 
 
 # ---- spmm ----
@@ -74,22 +85,31 @@ def _register(p: Primitive, abstract_eval, cpu, cuda):
 spmm_p = Primitive("flashllm_spmm")
 
 
-def _spmm_abstract(*args, format, shape, activation):
+def _spmm_roles(index, offsets, values, x, bias):
+    x_roles = *range(x.ndim - 1), COLUMNS
+    bias_role = OWN if bias.shape == NO_BIAS else ROWS
+    result = *range(x.ndim - 1), ROWS
+    return [*_weight_roles(index, offsets, values), x_roles, (bias_role,)], result
+
+
+def _spmm_shape(*args, format, shape, activation, columns):
     *_, values, x, bias = args
-    rows = values.shape[0] * _shard_rows(shape, values.shape[0])
-    if x.shape[-1] != shape[1]:
+    rows, features = _padded(shape, values.shape[0], columns)
+    if x.shape[-1] != features:
         raise ValueError(
             f"spmm: x has {x.shape[-1]} features but W is [{shape[0]}, {shape[1]}]; pass x of "
-            f"shape [..., {shape[1]}]"
+            f"shape [..., {features}]"
         )
     if bias.shape not in (NO_BIAS, (rows,)):
         raise ValueError(f"spmm: bias is {list(bias.shape)}, expected [{rows}]")
-    return x.update(shape=(*x.shape[:-1], rows), weak_type=False)
+    if columns > 1 and (activation is not None or bias.shape == (rows,)):
+        raise ValueError("spmm: bias and activation come after the sum over column blocks")
+    return jax.ShapeDtypeStruct((*x.shape[:-1], rows), x.dtype)
 
 
 def _spmm_cpu(*args, format, shape, activation):
     *_, values, x, _bias = args
-    rows = values.shape[0] * _shard_rows(shape, values.shape[0])
+    rows, _ = _padded(shape, values.shape[0], 1)
     out = jax.ShapeDtypeStruct((*x.shape[:-1], rows), x.dtype)
     code = ACTIVATIONS[activation][0]
     return _call("spmm", format, out, *args, m=shape[0], k=shape[1], activation=code)
@@ -101,73 +121,128 @@ def _spmm_cuda(*args, **params):
     return plan.spmm(_call, *args, **params)
 
 
-def _spmm_jvp(primals, tangents, *, format, shape, activation):
+def _spmm_columns(local, /, *args, shape, columns, **params):
+    """The sum over the column blocks that a device has, in float32."""
+    if columns == 1:
+        return local(*args, shape=shape, **params)
+    *w, x, bias = args
+    y = 0.0
+    for part, k in _by_column(shape, columns, *w):
+        xk = x[..., k]
+        y += local(*part, xk, bias, shape=(shape[0], xk.shape[-1]), **params).astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _spmm_jvp(primals, tangents, *, activation, batch, **params):
     *index, values, x, bias = primals
     *_, dvalues, dx, dbias = tangents
-    linear = partial(spmm_p.bind, format=format, shape=shape, activation=None)
+    linear = partial(spmm_p.bind, activation=None, **params)
+    plain = (*batch[:-1], False) if any(batch[:-1]) else ()  # without the bias
     none = jnp.zeros(NO_BIAS, x.dtype)
-    z = linear(*index, values, x, bias)
+    z = linear(*index, values, x, bias, batch=batch)
     dz = []
     if type(dx) is not ad.Zero:
-        dz.append(linear(*index, values, dx, none))
+        dz.append(linear(*index, values, dx, none, batch=plain))
     if type(dvalues) is not ad.Zero:
-        dz.append(linear(*index, dvalues, x, none))
+        dz.append(linear(*index, dvalues, x, none, batch=plain))
+    if plain == () and batch:
+        dz = [jnp.broadcast_to(d, z.shape) for d in dz]
     if type(dbias) is not ad.Zero and dbias.size:
-        dz.append(jnp.broadcast_to(dbias.astype(z.dtype), z.shape))
+        dims = (0, z.ndim - 1)[-dbias.ndim :]
+        where = partition.explicit(jax.typeof(z))
+        dz.append(lax.broadcast_in_dim(dbias.astype(z.dtype), z.shape, dims, out_sharding=where))
     if not dz:
         return ACTIVATIONS[activation][1](z), jnp.zeros_like(z)
     return jax.jvp(ACTIVATIONS[activation][1], (z,), (sum(dz[1:], dz[0]),))
 
 
-def _spmm_transpose(ct, *args, format, shape, activation):
+def _spmm_transpose(ct, *args, activation, batch, out_sharding, **params):
     # y = x W^T, so x_bar = y_bar W and W_bar = y_bar^T x, of which the stored part is kept.
     # Gradients do not meet a bias here, since the JVP rule takes it apart; linear_transpose may.
     if activation is not None:
         raise NotImplementedError(f"spmm: with activation {activation!r} it is not linear")
-    *index, values, x, bias = args
-    x_bar = values_bar = bias_bar = None
+    index, (values, x, bias) = args[:2], args[2:]
     if type(ct) is ad.Zero:
         return [None] * len(args)
-    if ad.is_undefined_primal(x):
-        dense = decode_p.bind(*index, values, format=format, shape=shape)
-        x_bar = jnp.matmul(ct, dense, preferred_element_type=jnp.float32).astype(x.aval.dtype)
-    if ad.is_undefined_primal(values):
-        n = math.prod(x.shape[:-1])
-        dense_bar = jnp.matmul(
-            ct.reshape(n, -1).T, x.reshape(n, -1), preferred_element_type=jnp.float32
-        ).astype(values.aval.dtype)
-        values_bar = sample_p.bind(
-            *index, dense_bar, format=format, shape=shape, capacity=values.aval.shape[1]
+    of_x = x.aval if ad.is_undefined_primal(x) else None
+    of_values = values.aval if ad.is_undefined_primal(values) else None
+    alone = dict(batch=(), out_sharding=None, **params)
+
+    def bars(ct, index, values, x):
+        x_bar = values_bar = None
+        if of_x is not None:
+            dense = decode_p.bind(*index, values, **alone)
+            x_bar = _dot(ct, dense, (ct.ndim - 1,), (0,), partition.explicit(of_x))
+            x_bar = x_bar.astype(of_x.dtype)
+        if of_values is not None:
+            tokens = tuple(range(ct.ndim - 1))
+            where = partition.dense_sharding(index[1], params["shape"], params["columns"])
+            dense_bar = _dot(ct, x, tokens, tokens, where).astype(of_values.dtype)
+            values_bar = sample_p.bind(*index, dense_bar, capacity=of_values.shape[-1], **alone)
+        return values_bar, x_bar
+
+    known = [None if ad.is_undefined_primal(a) else a for a in (values, x)]
+    if not batch:
+        values_bar, x_bar = bars(ct, index, *known)
+    else:
+        axes = [0 if b else None for b in batch]
+        of_known = [None if a is None else i for a, i in zip(known, axes[2:4], strict=True)]
+        each = jax.vmap(bars, (0, tuple(axes[:2]), *of_known))(ct, index, *known)
+        # What all elements share gets the sum.
+        values_bar, x_bar = (
+            bar if bar is None or b else bar.sum(0) for bar, b in zip(each, batch[2:4], strict=True)
         )
+    bias_bar = None
     if ad.is_undefined_primal(bias) and bias.aval.size:
-        bias_bar = ct.reshape(-1, ct.shape[-1]).sum(0, dtype=jnp.float32).astype(bias.aval.dtype)
-    return [*[None] * len(index), values_bar, x_bar, bias_bar]
+        tokens = range(bias.aval.ndim - 1, ct.ndim - 1)
+        bias_bar = ct.sum(tuple(tokens), dtype=jnp.float32).astype(bias.aval.dtype)
+    return [None, None, values_bar, x_bar, bias_bar]
 
 
-def _map_over(p, args, dims, params):
+def _dot(a, b, of_a, of_b, sharding):
+    return lax.dot_general(
+        a,
+        b,
+        ((of_a, of_b), ((), ())),
+        preferred_element_type=jnp.float32,
+        out_sharding=sharding,
+    )
+
+
+def _batch(p, args, dims, *, batch, out_sharding, **params):
     """Batching for anything batched in W or bias: one call an element, in a loop."""
-    batched = [d is not None for d in dims]
-    moved = [jnp.moveaxis(a, d, 0) if b else a for a, d, b in zip(args, dims, batched, strict=True)]
+    moved = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True)]
+    flags = tuple(d is not None for d in dims)
+    if not batch:
+        size = next(a for a, b in zip(moved, flags, strict=True) if b)
+        out_sharding = partition.with_leading(out_sharding, size)
+        return p.bind(*moved, batch=flags, out_sharding=out_sharding, **params), 0
 
     def one(slices):
         it = iter(slices)
-        return p.bind(
-            *[next(it) if b else a for a, b in zip(moved, batched, strict=True)], **params
-        )
+        each = [next(it) if b else a for a, b in zip(moved, flags, strict=True)]
+        return p.bind(*each, batch=batch, out_sharding=out_sharding, **params)
 
-    return lax.map(one, [a for a, b in zip(moved, batched, strict=True) if b]), 0
+    return lax.map(one, [a for a, b in zip(moved, flags, strict=True) if b]), 0
 
 
-def _spmm_batch(args, dims, **params):
+def _spmm_batch(args, dims, *, batch, out_sharding, **params):
     *w_dims, x_dim, bias_dim = dims
     if bias_dim is None and all(d is None for d in w_dims):
-        # More tokens of the same weight: one more leading axis, one product.
+        # More tokens of the same weight: one more axis in front of x's own, one product.
         *rest, x, bias = args
-        return spmm_p.bind(*rest, jnp.moveaxis(x, x_dim, 0), bias, **params), 0
-    return _map_over(spmm_p, args, dims, params)
+        x = jnp.moveaxis(x, x_dim, at := int(bool(batch) and batch[3]))
+        if not batch:
+            out_sharding = partition.with_leading(out_sharding, x)
+        y = spmm_p.bind(*rest, x, bias, batch=batch, out_sharding=out_sharding, **params)
+        return y, 1 if batch else at
+    return _batch(spmm_p, args, dims, batch=batch, out_sharding=out_sharding, **params)
 
 
-_register(spmm_p, _spmm_abstract, _spmm_cpu, _spmm_cuda)
+_register(
+    spmm_p, _spmm_roles, _spmm_shape, partial(_spmm_columns, _spmm_cpu),
+    partial(_spmm_columns, _spmm_cuda),
+)  # fmt: skip
 ad.primitive_jvps[spmm_p] = _spmm_jvp
 ad.primitive_transposes[spmm_p] = _spmm_transpose
 batching.primitive_batchers[spmm_p] = _spmm_batch
@@ -178,30 +253,35 @@ decode_p = Primitive("flashllm_decode")
 sample_p = Primitive("flashllm_sample")
 
 
-def _dense_shape(shards, shape):
-    return shards * _shard_rows(shape, shards), shape[1]
+def _decode_shape(index, offsets, values, *, format, shape, columns):
+    return jax.ShapeDtypeStruct(_padded(shape, values.shape[0], columns), values.dtype)
 
 
-def _decode_abstract(*args, format, shape):
-    values = args[-1]
-    return values.update(shape=_dense_shape(values.shape[0], shape), weak_type=False)
+def _decode_local(*args, format, shape, columns):
+    def one(*w, k):
+        out = jax.ShapeDtypeStruct((_padded(shape, w[0].shape[0], 1)[0], k), w[-1].dtype)
+        return _call("decode", format, out, *w, m=shape[0], k=k)
+
+    if columns == 1:
+        return one(*args, k=shape[1])
+    parts = _by_column(shape, columns, *args)
+    return jnp.concatenate([one(*w, k=k.stop - k.start) for w, k in parts], axis=1)
 
 
-def _decode_lowered(*args, format, shape):
-    values = args[-1]
-    out = jax.ShapeDtypeStruct(_dense_shape(values.shape[0], shape), values.dtype)
-    return _call("decode", format, out, *args, m=shape[0], k=shape[1])
+def _sample_shape(index, offsets, dense, *, format, shape, columns, capacity):
+    return jax.ShapeDtypeStruct((offsets.shape[0], capacity), dense.dtype)
 
 
-def _sample_abstract(*args, format, shape, capacity):
-    *_, offsets, dense = args
-    return dense.update(shape=(offsets.shape[0], capacity), weak_type=False)
+def _sample_local(*args, format, shape, columns, capacity):
+    def one(*index, dense):
+        out = jax.ShapeDtypeStruct((index[0].shape[0], capacity), dense.dtype)
+        return _call("sample", format, out, *index, dense, m=shape[0], k=dense.shape[1])
 
-
-def _sample_lowered(*args, format, shape, capacity):
-    *_, offsets, dense = args
-    out = jax.ShapeDtypeStruct((offsets.shape[0], capacity), dense.dtype)
-    return _call("sample", format, out, *args, m=shape[0], k=shape[1])
+    *index, dense = args
+    if columns == 1:
+        return one(*index, dense=dense)
+    parts = _by_column(shape, columns, *index)
+    return jnp.concatenate([one(*w, dense=dense[:, k]) for w, k in parts])
 
 
 def _linear_jvp(p, primals, tangents, **params):
@@ -213,31 +293,42 @@ def _linear_jvp(p, primals, tangents, **params):
     return out, p.bind(*index, dx, **params)
 
 
-def _decode_transpose(ct, *args, format, shape):
+def _decode_transpose(ct, *args, batch, **params):
     *index, values = args
     if type(ct) is ad.Zero:
         return [None] * len(args)
-    capacity = values.aval.shape[1]
-    bar = sample_p.bind(*index, ct, format=format, shape=shape, capacity=capacity)
-    return [*[None] * len(index), bar]
+    capacity = values.aval.shape[-1]
+    if batch:
+        batch = (*batch[:-1], True)
+    bar = sample_p.bind(*index, ct, batch=batch, capacity=capacity, **params)
+    return [*[None] * len(index), bar if not batch or values.aval.ndim == 3 else bar.sum(0)]
 
 
-def _sample_transpose(ct, *args, format, shape, capacity):
-    *index, _ = args
+def _sample_transpose(ct, *args, batch, capacity, **params):
+    *index, dense = args
     if type(ct) is ad.Zero:
         return [None] * len(args)
-    return [*[None] * len(index), decode_p.bind(*index, ct, format=format, shape=shape)]
+    if batch:
+        batch = (*batch[:-1], True)
+    bar = decode_p.bind(*index, ct, batch=batch, **params)
+    return [*[None] * len(index), bar if not batch or dense.aval.ndim == 3 else bar.sum(0)]
 
 
-_register(decode_p, _decode_abstract, _decode_lowered, _decode_lowered)
-_register(sample_p, _sample_abstract, _sample_lowered, _sample_lowered)
+def _decode_roles(*buffers):
+    return _weight_roles(*buffers), (ROWS, COLUMNS)
+
+
+def _sample_roles(index, offsets, dense):
+    return [*_weight_roles(index, offsets), (ROWS, COLUMNS)], (BLOCK, OWN)
+
+
+_register(decode_p, _decode_roles, _decode_shape, _decode_local, _decode_local)
+_register(sample_p, _sample_roles, _sample_shape, _sample_local, _sample_local)
 ad.primitive_transposes[decode_p] = _decode_transpose
 ad.primitive_transposes[sample_p] = _sample_transpose
 for _p in (decode_p, sample_p):
     ad.primitive_jvps[_p] = partial(_linear_jvp, _p)
-    batching.primitive_batchers[_p] = lambda args, dims, _p=_p, **params: _map_over(
-        _p, args, dims, params
-    )
+    batching.primitive_batchers[_p] = partial(_batch, _p)
 
 
 def cpu_kernels() -> str:

@@ -16,12 +16,19 @@ def spmm(
     x: jax.Array,
     bias: jax.Array | None = None,
     activation: str | None = None,
+    *,
+    out_sharding: jax.sharding.PartitionSpec | jax.sharding.NamedSharding | None = None,
 ) -> jax.Array:
     """Returns act(x @ W.T + bias) with fp32 accumulation.
 
     w: encoded [M, K].  x: [..., K], float16, bfloat16 or float32.  bias: [M] or None.
     activation: None, "relu" or "gelu" (the exact one, with erf).
+    out_sharding: on an Explicit mesh, where the result of a sum over column blocks shall lie: a
+    dimension over the mesh axes of the sum makes it a reduce-scatter.
     Returns [..., M] in x.dtype.
+
+    On a mesh W stays where it is (docs/sharding.md). Inside a `shard_map` a weight stands for the
+    shards that its device has, [M, K] is `w.local_shape`, and sums are the caller's.
 
     W is multiplied as the dense matrix it stands for: an Inf or NaN in x meets the zeros too.
     Works under jit, vmap (over x, w and bias), grad and jvp (in x, bias and `w.values`), scan
@@ -33,7 +40,7 @@ def spmm(
     Raises TypeError for other types or dtypes, ValueError when K or M differ.
     """
     _check_weight("spmm", w)
-    m, k = w.shape
+    m, k = w.local_shape
     if not hasattr(x, "dtype"):
         raise TypeError(f"spmm: x must be an array, got {type(x).__name__}")
     if x.dtype not in _X_DTYPES:
@@ -48,8 +55,6 @@ def spmm(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"spmm: activation must be None, 'relu' or 'gelu', got {activation!r}")
-    rows = w.shards * w.shard_rows
-    row_bias = np.zeros(NO_BIAS, np.float32)
     if bias is not None:
         if not hasattr(bias, "dtype"):
             raise TypeError(f"spmm: bias must be an array, got {type(bias).__name__}")
@@ -59,20 +64,41 @@ def spmm(
             )
         if bias.dtype not in _X_DTYPES:
             raise TypeError(f"spmm: bias is {bias.dtype}; cast it to x's dtype, {x.dtype}")
-        row_bias = jnp.pad(bias, (0, rows - m)) if rows > m else bias
     x = jnp.asarray(x)
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], m), x.dtype)
+    R, C = w.local_grid
+    rows, features = R * w.shard_rows, C * w.shard_columns
+    if features > k:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, features - k)])
+    # A sum over column blocks is complete after the product only: so wait bias and activation.
+    fused = C == 1
+    row_bias = np.zeros(NO_BIAS, np.float32)
+    if bias is not None and fused:
+        row_bias = jnp.pad(bias, (0, rows - m)) if rows > m else bias
     y = spmm_p.bind(
-        *w.buffers,
-        w.values,
-        x,
-        jnp.asarray(row_bias),
+        *_alike(*w.buffers, w.values, x, jnp.asarray(row_bias)),
         format=w.format,
-        shape=w.shape,
-        activation=activation,
+        shape=w.local_shape,
+        activation=activation if fused else None,
+        columns=C,
+        batch=(),
+        out_sharding=None if out_sharding is None else getattr(out_sharding, "spec", out_sharding),
     )
-    return y[..., :m] if rows > m else y
+    y = y[..., :m] if rows > m else y
+    if fused:
+        return y
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return ACTIVATIONS[activation][1](y)
+
+
+def _alike(*operands):
+    """Inside a shard_map: all operands varying over the mesh axes that any of them varies over."""
+    varying = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
+    for a in operands:
+        missing = varying - jax.typeof(a).mat.varying
+        yield jax.lax.pcast(a, tuple(missing), to="varying") if missing else a
 
 
 def decode(w: SparseWeight) -> jax.Array:
@@ -82,8 +108,16 @@ def decode(w: SparseWeight) -> jax.Array:
     ValueError for stacked ones.
     """
     _check_weight("decode", w)
-    dense = decode_p.bind(*w.buffers, w.values, format=w.format, shape=w.shape)
-    return dense[: w.shape[0]]
+    dense = decode_p.bind(
+        *_alike(*w.buffers, w.values),
+        format=w.format,
+        shape=w.local_shape,
+        columns=w.local_grid[1],
+        batch=(),
+        out_sharding=None,
+    )
+    m, k = w.local_shape
+    return dense if dense.shape == (m, k) else dense[:m, :k]
 
 
 def _check_weight(op: str, w) -> None:

@@ -8,6 +8,9 @@ import pytest
 
 from jax_flashllm import _flashllm
 
+# tests/mesh needs 8 devices, in a process of its own: test_mesh.py starts it.
+collect_ignore = [] if jax.device_count() >= 8 else ["mesh"]
+
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def kernels(request):

@@ -152,7 +152,8 @@ def test_a_weight_is_a_pytree():
 def test_repr_tells_shape_dtype_and_size():
     w = jf.encode(np.eye(64, dtype=np.float16), "bitmap", shards=2)
     assert repr(w) == (
-        "Bitmap([64, 64] float16, shards=2, sparsity=0.9844, nnz=64, 1.30 bits/weight, 664 bytes)"
+        "Bitmap([64, 64] float16, shards=2, 0.0% padding, sparsity=0.9844, nnz=64, "
+        "1.30 bits/weight, 664 bytes)"
     )
     seen = []
     jax.jit(lambda w: seen.append(repr(w)))(w)
@@ -475,3 +476,48 @@ def test_many_negative_zeros_are_warned_of():
     w[:2] *= -1
     with pytest.warns(UserWarning, match=r"10% of the weights are -0\.0"):
         assert jf.encode(w).nnz == w.size
+
+
+# ---- blocks of rows and columns ----
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("shape", "grids"),
+    [((70, 300), [(1, 1), (3, 2), (1, 3), (70, 5)]), ((7, 5), [(2, 1), (4, 4), (7, 5)])],
+)
+def test_encoding_in_blocks(format, shape, grids):
+    dense = sparse_matrix(shape, np.float16, 0.3, integers=True)
+    for grid in grids:
+        w = jf.encode(dense, format, shards=grid)
+        assert (w.row_shards, w.column_shards) == grid
+        assert w.shards == grid[0] * grid[1] == len(w.values)
+        np.testing.assert_array_equal(w.to_dense(), dense)
+        w.validate()
+        assert w.nnz == np.count_nonzero(dense)
+        assert 0 <= w.padding < 1
+    np.testing.assert_array_equal(jf.decode(w), dense)
+    x = np.ones((3, shape[1]), np.float32)
+    np.testing.assert_array_equal(jf.spmm(w, x), x @ dense.T.astype(np.float32))
+
+
+def test_a_weight_in_the_padding_of_column_blocks_is_refused():
+    w = jf.encode(np.ones((16, 70), np.float16), "bitmap", shards=(1, 4))  # 18 columns a block
+    damaged = dataclasses.replace(w, shape=(16, 69))
+    with pytest.raises(ValueError, match="column block 3 has a weight outside the matrix"):
+        damaged.validate()
+
+
+def test_padding_is_what_the_longest_block_costs():
+    dense = np.ones((32, 64), np.float16)
+    assert jf.encode(dense, "bitmap", 2).padding == 0
+    dense[16:] = 0
+    w = jf.encode(dense, "bitmap", 2)
+    assert w.padding == pytest.approx(w.values.nbytes / 2 / w.nbytes)
+    assert f"{w.padding:.1%} padding" in repr(w)
+
+
+@pytest.mark.parametrize("shards", [(1,), (1, 2, 3), (2, 6), (0, 1), (1.0, 1)])
+def test_pairs_of_shards_that_encode_refuses(shards):
+    with pytest.raises(ValueError, match=r"up to K = 5"):
+        jf.encode(np.ones((4, 5), np.float16), shards=shards)

@@ -13,8 +13,8 @@ import jax_flashllm
 LAYERS = [
     ["_flashllm"],
     ["formats"],
-    ["kernel", "plan"],
     ["partition"],
+    ["kernel", "plan"],
     ["spmm"],
     [""],  # the public names
     ["nn", "linen"],

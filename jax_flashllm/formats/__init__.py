@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax_flashllm.formats.weight import SparseWeight, check_dense, words
 __all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
 
 Format = Literal["auto", "bitmap", "tiled_csl"]
+Shards = int | tuple[int, int]  # row blocks, or (row blocks, column blocks)
 
 # A bitmap costs 16 d + 1 bits a weight; Tiled-CSL 20 d and padding, or 32 d where that is less,
 # as it is from d = 1/16 down: equal there.
@@ -25,7 +26,7 @@ _CROSSOVER_DENSITY = 1 / 16
 def encode(
     dense: np.ndarray | jax.Array,
     format: Format = "auto",
-    shards: int = 1,
+    shards: Shards = 1,
 ) -> Bitmap | TiledCSL:
     """Encodes a dense matrix, bit for bit, storing every weight whose bits are not all zero.
 
@@ -33,7 +34,8 @@ def encode(
         runs on the host; the result lies on JAX's default device.
     format: "auto" takes the one that is smaller at this density where the nonzeros are spread
         evenly: a bitmap from 1/16 up.
-    shards: row blocks S, so that the result can be sharded over S devices.
+    shards: row blocks, so that the result can lie on as many devices; or a pair (row blocks,
+        column blocks). `jax_flashllm.shard` lays out and places in one go.
 
     -0.0 is stored, as its bits are not all zero. `w * mask` makes many: where more than one weight
     in a hundred is -0.0, a UserWarning says so. `jnp.where(mask, w, 0)` and `w + 0` make none.
@@ -55,12 +57,12 @@ def encode(
 
 
 def encode_on_host(
-    dense: np.ndarray | jax.Array, format: Format = "auto", shards: int = 1
+    dense: np.ndarray | jax.Array, format: Format = "auto", shards: Shards = 1
 ) -> Bitmap | TiledCSL:
     """`encode` to NumPy buffers: calls no JAX, so callbacks may use it."""
     if format not in ("auto", "bitmap", "tiled_csl"):
         raise ValueError(f"encode: format must be auto, bitmap or tiled_csl, got {format!r}")
-    check_dense(dense, shards)
+    rows, columns = check_dense(dense, shards)
     host = np.ascontiguousarray(dense)
     bits = words(host)
     if format == "auto":
@@ -69,9 +71,31 @@ def encode_on_host(
         "bitmap": (_flashllm.encode_bitmap, Bitmap),
         "tiled_csl": (_flashllm.encode_tiled_csl, TiledCSL),
     }[format]
-    index, offsets, values = encoder(bits, int(shards))
+
+    def encoded(block, rows):
+        index, offsets, values = encoder(block, rows)
+        return cls(offsets, values.view(host.dtype), block.shape, index, grid=(rows, 1))
+
+    if columns == 1:
+        return encoded(bits, rows)
     m, k = host.shape
-    return cls(offsets, values.view(host.dtype), (m, k), index)
+    width = -(-k // columns)
+    padded = np.pad(bits, ((0, 0), (0, columns * width - k)))
+    blocks = [
+        encoded(np.ascontiguousarray(padded[:, c * width : (c + 1) * width]), rows)
+        for c in range(columns)
+    ]
+    return join(blocks, (m, k), (rows, columns))
+
+
+def join(blocks: list[SparseWeight], shape: tuple[int, int], grid: tuple[int, int]) -> Any:
+    """The weight of blocks in the order of their shards, NumPy buffers."""
+    values = max(w.values.shape[-1] for w in blocks)
+    index = max(w.buffers[0].shape[-1] for w in blocks)
+    same = [pad(w, values, index) for w in blocks]
+    kind = type(blocks[0])
+    buffers = {f: np.concatenate([getattr(w, f) for w in same]) for f in kind._buffers()}
+    return kind(shape=shape, grid=grid, **buffers)
 
 
 def smaller_format(density: float) -> Literal["bitmap", "tiled_csl"]:
@@ -102,7 +126,7 @@ def stack(weights: list[SparseWeight]) -> SparseWeight:
     for w in weights:
         if not isinstance(w, SparseWeight):
             raise TypeError(f"stack: expected weights from encode, got {type(w).__name__}")
-    kinds = {(type(w), w.shape, w.dtype, w.shards) for w in weights}
+    kinds = {(type(w), w.shape, w.dtype, w.row_shards, w.column_shards) for w in weights}
     if len(kinds) > 1:
         raise ValueError(
             f"stack: weights differ in format, shape, dtype or shards: {weights}; encode them "

@@ -55,7 +55,7 @@ class Bitmap(SparseWeight):
 
     def __post_init__(self):
         if hasattr(self.values, "shape") and len(self.values.shape) >= 2:
-            bands, tiles, blocks = _grid(self.shard_rows, self.shape[1])
+            bands, tiles, blocks = _grid(self.shard_rows, self.shard_columns)
             self._check_sizes(
                 masks=((self.shards, bands, tiles, 32), np.uint32),
                 offsets=((self.shards, bands * blocks + 1), np.uint32),
@@ -68,6 +68,9 @@ class Bitmap(SparseWeight):
     @property
     def nnz(self) -> int:
         return int(np.bitwise_count(np.asarray(self.masks)).sum(dtype=np.int64))
+
+    def _used(self) -> tuple[int, ...]:
+        return 0, 0, int(np.asarray(self.offsets)[..., -1].sum(dtype=np.int64)) * VECTOR
 
     def _bits(self) -> np.ndarray:
         """The masks' bits in the order of the values: bool [S, bands, tiles, step, lane, bit]."""

@@ -65,7 +65,7 @@ class TiledCSL(SparseWeight):
 
     def __post_init__(self):
         if hasattr(self.values, "shape") and len(self.values.shape) >= 2:
-            bands, blocks = _grid(self.shard_rows, self.shape[1])
+            bands, blocks = _grid(self.shard_rows, self.shard_columns)
             capacity = getattr(self.index, "shape", (0,))[-1]
             self._check_sizes(
                 index=((self.shards, capacity), np.uint32),
@@ -80,10 +80,16 @@ class TiledCSL(SparseWeight):
     def nnz(self) -> int:
         if len(self.values.shape) > 2:
             return sum(w.nnz for w in self._unstacked())
+        if self.column_shards > 1:
+            return sum(w.nnz for w in self._columns())
         return sum(
             int(live.sum()) + int((tail >= LISTS).sum())
             for _, live, tail in map(self._lists, range(self.shards))
         )
+
+    def _used(self) -> tuple[int, ...]:
+        chunks, tails = np.asarray(self.offsets)[..., -1, :].reshape(-1, 2).sum(0, dtype=np.int64)
+        return int(32 * chunks + 4 * tails), 0, int(CHUNK * chunks + VECTOR * tails)
 
     def _counts(self, s: int) -> tuple[np.ndarray, np.ndarray]:
         """Chunks and tail vectors of each block of shard s."""

@@ -1,7 +1,9 @@
 """What every encoded weight has: shape, dtype, sizes, and how it is built and checked.
 
-An encoded W [M, K] is a frozen pytree. Its buffers all start with a shard axis S: shard s
-holds rows s * R .. (s + 1) * R of W, R = ceil(M / S), padded with zero rows at the end.
+An encoded W [M, K] is a frozen pytree. It is cut into C column blocks of ceil(K / C) columns, and
+each of those into R row blocks of ceil(M / R) rows. Zeros fill the last blocks up. All buffers
+start with an axis of S = R C shards, shard c R + r being row block r of column block c; padding
+makes them as long as the longest.
 """
 
 import dataclasses
@@ -23,17 +25,18 @@ VECTOR = 8  # values a unit of `offsets`
 
 def register(cls: type[W]) -> type[W]:
     """Makes a dataclass a pytree, also in what `jax.export` serializes."""
-    data = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
+    data = cls._buffers()
 
     def from_children(aux_data: Any, children: Any) -> Any:
-        return cls(shape=aux_data[0], **dict(zip(data, children, strict=True)))
+        static = dict(zip(("shape", "grid"), aux_data, strict=True))
+        return cls(**static, **dict(zip(data, children, strict=True)))
 
     jax.tree_util.register_dataclass(cls)
     return jax.export.register_pytree_node_serialization(
         cls,
         serialized_name=f"jax_flashllm.{cls.__name__}",
         serialize_auxdata=lambda aux_data: json.dumps(aux_data).encode(),
-        deserialize_auxdata=lambda text: tuple(tuple(shape) for shape in json.loads(text)),
+        deserialize_auxdata=lambda text: tuple(x and tuple(x) for x in json.loads(text)),
         from_children=from_children,
     )
 
@@ -50,6 +53,10 @@ class SparseWeight:
     offsets: jax.Array
     values: jax.Array
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})  # no leaf
+    # (R, C); None stands for all the shards that there are, in rows.
+    grid: tuple[int, int] | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"static": True}
+    )
 
     format: ClassVar[Literal["bitmap", "tiled_csl"]]
 
@@ -71,13 +78,52 @@ class SparseWeight:
 
     @property
     def shards(self) -> int:
-        """Number of row blocks S."""
+        """Number of shards S; inside a `shard_map`, of those that this device has."""
         return self.values.shape[-2]
 
     @property
+    def row_shards(self) -> int:
+        """Number of row blocks R of the whole weight."""
+        return self.shards if self.grid is None else self.grid[0]
+
+    @property
+    def column_shards(self) -> int:
+        """Number of column blocks C of the whole weight."""
+        return 1 if self.grid is None else self.grid[1]
+
+    @property
     def shard_rows(self) -> int:
-        """Rows a shard, R = ceil(M / S)."""
-        return -(-self.shape[0] // self.shards)
+        """Rows a shard, ceil(M / R)."""
+        return -(-self.shape[0] // self.row_shards)
+
+    @property
+    def shard_columns(self) -> int:
+        """Columns a shard, ceil(K / C)."""
+        return -(-self.shape[1] // self.column_shards)
+
+    @property
+    def local_grid(self) -> tuple[int, int]:
+        """(R, C) of the shards that are here: fewer than the grid's inside a `shard_map`."""
+        columns = max(1, self.shards // self.row_shards)
+        return self.shards // columns, columns
+
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        """[M, K] of the shards that are here; `shape` where all are."""
+        rows, columns = self.local_grid
+        if rows * columns == self.row_shards * self.column_shards:
+            return self.shape
+        return rows * self.shard_rows, columns * self.shard_columns
+
+    @property
+    def padding(self) -> float:
+        """Share of `nbytes` that only makes shards equally long, 0 to 1."""
+        if self.shards == 1:
+            return 0.0
+        used = self._used()
+        buffers = [(b, n) for b, n in zip((*self.buffers, self.values), used, strict=True) if n]
+        spare = sum((b.size - n) * b.dtype.itemsize for b, n in buffers)
+        return spare / self.nbytes
 
     @property
     def nnz(self) -> int:
@@ -110,7 +156,10 @@ class SparseWeight:
         if len(self.values.shape) > 2:
             return np.stack([w.to_dense() for w in self._unstacked()])
         try:
-            return self._to_dense()
+            if self.column_shards == 1:
+                return self._to_dense()
+            parts = [w._to_dense() for w in self._columns()]
+            return np.concatenate(parts, axis=1)[:, : self.shape[1]]
         except (IndexError, ValueError):
             self.validate()  # says what is wrong
             raise
@@ -127,6 +176,15 @@ class SparseWeight:
         if len(self.values.shape) > 2:
             for w in self._unstacked():
                 w.validate()
+        elif self.column_shards > 1:
+            width = self.shard_columns
+            for c, w in enumerate(self._columns()):
+                w._validate()
+                if np.any(words(w._to_dense()[:, max(self.shape[1] - c * width, 0) :])):
+                    raise ValueError(
+                        f"{type(self).__name__}: column block {c} has a weight outside the matrix "
+                        f"{list(self.shape)}"
+                    )
         else:
             self._validate()
 
@@ -136,6 +194,30 @@ class SparseWeight:
 
     def _validate(self) -> None:
         raise NotImplementedError
+
+    def _used(self) -> tuple[int, ...]:
+        """Elements in use of each index buffer and of values; 0 where shards are of one size."""
+        raise NotImplementedError
+
+    def _columns(self):
+        """The column blocks, each a weight [M, ceil(K / C)]."""
+        rows, shape = self.row_shards, (self.shape[0], self.shard_columns)
+        for c in range(self.column_shards):
+            buffers = {
+                f: np.asarray(getattr(self, f))[c * rows : (c + 1) * rows] for f in self._buffers()
+            }
+            yield type(self)(shape=shape, grid=(rows, 1), **buffers)
+
+    def block(self, r: int, c: int) -> np.ndarray:
+        """Row block r of column block c, dense."""
+        s = c * self.row_shards + r
+        buffers = {f: np.asarray(getattr(self, f)[s : s + 1]) for f in self._buffers()}
+        shape = self.shard_rows, self.shard_columns
+        return type(self)(shape=shape, grid=(1, 1), **buffers)._to_dense()
+
+    @classmethod
+    def _buffers(cls) -> list[str]:
+        return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
 
     def _unstacked(self):
         return [
@@ -157,10 +239,14 @@ class SparseWeight:
             m, k = self.shape
             stacked = f"stack of {self.values.shape[0]}, " if self.values.ndim > 2 else ""
             text = f"{name}({stacked}[{m}, {k}] {self.dtype}"
-            if self.shards > 1:
+            if self.column_shards > 1:
+                text += f", shards=({self.row_shards}, {self.column_shards})"
+            elif self.shards > 1:
                 text += f", shards={self.shards}"
             if any(isinstance(b, jax.core.Tracer) for b in jax.tree.leaves(self)):
                 return text + ", traced)"
+            if self.shards > 1:
+                text += f", {self.padding:.1%} padding"
             return (
                 f"{text}, sparsity={self.sparsity:.4f}, nnz={self.nnz}, "
                 f"{self.bits_per_weight:.2f} bits/weight, {self.nbytes} bytes)"
@@ -179,6 +265,12 @@ class SparseWeight:
             return
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise ValueError(f"{type(self).__name__}: shape must be [M, K] >= 1, got {self.shape}")
+        R, C = self.row_shards, self.column_shards
+        if (self.shards % R and (R % self.shards or self.shards == 0)) or self.shards > R * C:
+            raise ValueError(
+                f"{type(self).__name__}: {self.shards} shards are no part of {R} row and {C} "
+                "column blocks; a mesh axis must divide them"
+            )
         for name, (shape, dtype) in expected.items():
             got = getattr(self, name)
             # Under vmap and scan leaves carry batch axes in front.
@@ -192,8 +284,8 @@ class SparseWeight:
                 )
 
 
-def check_dense(dense, shards: int) -> None:
-    """Raises TypeError or ValueError unless `dense` is an encodable [M, K]."""
+def check_dense(dense, shards: int | tuple[int, int]) -> tuple[int, int]:
+    """(R, C) of `shards`. Raises TypeError or ValueError unless `dense` is an encodable [M, K]."""
     shape, dtype = getattr(dense, "shape", None), getattr(dense, "dtype", None)
     if shape is None or dtype is None:
         raise TypeError(f"encode: expected a NumPy or JAX array, got {type(dense).__name__}")
@@ -214,5 +306,11 @@ def check_dense(dense, shards: int) -> None:
             f"encode: weights are float16 or bfloat16, got {dtype}; cast first, "
             "e.g. w.astype(jnp.bfloat16)"
         )
-    if not isinstance(shards, int | np.integer) or not 1 <= shards <= shape[0]:
-        raise ValueError(f"encode: shards must be from 1 to M = {shape[0]}, got {shards!r}")
+    blocks = shards if isinstance(shards, tuple) else (shards, 1)
+    whole = len(blocks) == 2 and all(isinstance(n, int | np.integer) for n in blocks)
+    if not whole or not all(1 <= n <= size for n, size in zip(blocks, shape, strict=True)):
+        raise ValueError(
+            f"encode: shards must be from 1 to M = {shape[0]}, got {shards!r}; or a pair, row "
+            f"blocks and column blocks, the latter up to K = {shape[1]}"
+        )
+    return int(blocks[0]), int(blocks[1])

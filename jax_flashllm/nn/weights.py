@@ -133,7 +133,7 @@ def rebuild(values: Any, index: Any, offsets: Any, shape: tuple[int, int]) -> Sp
             "or the index of a TiledCSL)"
         )
     cls = TiledCSL if index.ndim == values.ndim else Bitmap
-    return cls(offsets, values, shape, index)
+    return cls(offsets, values, shape, index, grid=(values.shape[-2], 1))
 
 
 def promoted(x: Any, values: Any, bias: Any, dtype: Any):

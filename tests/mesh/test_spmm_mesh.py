@@ -1,0 +1,414 @@
+"""Products over meshes: right to the bit, with these collectives and no others."""
+
+import contextlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from collectives import collectives
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_flashllm as jf
+
+M, K, B, T = 32, 64, 8, 2
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+both = pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+
+
+def integers(shape, seed, density=1.0, dtype=np.float16):
+    """Small ones, so that sums are exact in any order."""
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(shape) < density, rng.integers(-4, 5, shape), 0).astype(dtype)
+
+
+W = integers((M, K), 0, 0.4)
+X = integers((B, T, K), 1, dtype=np.float32)
+Y = X @ W.T.astype(np.float32)
+Y_BYTES = Y.nbytes
+
+
+def mesh_of(kind, shape=(4, 2), names="ab"):
+    return jax.make_mesh(shape, tuple(names), axis_types=(kind,) * len(shape))
+
+
+def put(mesh, x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+
+def axes(spec, ndim):
+    entries = [e if isinstance(e, tuple) else () if e is None else (e,) for e in spec]
+    return entries + [()] * (ndim - len(entries))
+
+
+def run(f, *args, y, spec=None, moves=()):
+    """Compiles f for these arguments, checks its result, where it lies and what it moved."""
+    compiled = jax.jit(f).lower(*args).compile()
+    result = compiled(*args)
+    np.testing.assert_array_equal(result, y)
+    assert collectives(compiled) == sorted(moves)
+    if spec is not None:
+        assert axes(result.sharding.spec, y.ndim) == axes(spec, y.ndim)
+    return result
+
+
+# rows and columns of W over mesh axes, x's spec, y's spec, collectives
+CASES = {
+    "columns_of_a_model": ("a", None, P(), P(None, None, "a"), []),
+    "and_tokens": ("a", None, P("b"), P("b", None, "a"), []),
+    "tokens": (None, None, P("a"), P("a"), []),
+    "tokens_over_both": (None, None, P(("a", "b")), P(("a", "b")), []),
+    "sum": (None, "a", P(None, None, "a"), P(), [("all-reduce", Y_BYTES)]),
+    "sum_of_whole_x": (None, "a", P(), P(), [("all-reduce", Y_BYTES)]),
+    "sum_and_tokens": (None, "a", P("b", None, "a"), P("b"), [("all-reduce", Y_BYTES // 2)]),
+    "rows_and_columns": (
+        "b", "a", P(None, None, "a"), P(None, None, "b"), [("all-reduce", Y_BYTES // 2)]
+    ),
+    "rows_over_both": (("a", "b"), None, P(), P(None, None, ("a", "b")), []),
+    "sum_over_both": (
+        None, ("a", "b"), P(None, None, ("a", "b")), P(), [("all-reduce", Y_BYTES)]
+    ),
+}  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("case", CASES)
+def test_collectives(kind, case):
+    rows, columns, x_spec, y_spec, moves = CASES[case]
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh, rows, columns)
+    run(jf.spmm, w, put(mesh, X, *x_spec), y=Y, spec=y_spec, moves=moves)
+
+
+@both
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+def test_three_axes(kind, format):
+    mesh = mesh_of(kind, (2, 2, 2), "abc")
+    w = jf.shard(jf.encode(W, format), mesh, "a", "b")
+    moves = [("all-reduce", Y_BYTES // 4)]
+    run(jf.spmm, w, put(mesh, X, "c", None, "b"), y=Y, spec=P("c", None, "a"), moves=moves)
+
+
+@both
+def test_eager(kind):
+    mesh = mesh_of(kind)
+    y = jf.spmm(jf.shard(jf.encode(W), mesh, "a"), put(mesh, X, "b"))
+    np.testing.assert_array_equal(y, Y)
+    assert axes(y.sharding.spec, 3) == [("b",), (), ("a",)]
+
+
+@both
+@pytest.mark.parametrize("spec", [P(None, None, "a"), P("a")], ids=["features", "tokens"])
+def test_reduce_scatter_where_the_output_asks_for_it(kind, spec):
+    mesh = mesh_of(kind)
+    w, x = jf.shard(jf.encode(W), mesh, columns="a"), put(mesh, X, None, None, "a")
+
+    def f(w, x):
+        if kind == EXPLICIT:
+            return jf.spmm(w, x, out_sharding=spec)
+        return jax.lax.with_sharding_constraint(jf.spmm(w, x), NamedSharding(mesh, spec))
+
+    run(f, w, x, y=Y, spec=spec, moves=[("reduce-scatter", Y_BYTES // 4)])
+
+
+@both
+@pytest.mark.parametrize("columns", [None, "a"])
+def test_bias_and_activation(kind, columns):
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh, None if columns else "a", columns)
+    bias = put(mesh, np.arange(M, dtype=np.float32), None if columns else "a")
+    x = put(mesh, X, None, None, columns)
+    y = np.maximum(Y + np.arange(M), 0).astype(np.float32)
+    moves = [("all-reduce", Y_BYTES)] if columns else []
+    run(lambda w, x, b: jf.spmm(w, x, b, "relu"), w, x, bias, y=y, moves=moves)
+
+
+@both
+def test_16_bit_sums_move_16_bits(kind):
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh, columns="a")
+    x = put(mesh, X.astype(np.float16), None, None, "a")
+    run(jf.spmm, w, x, y=Y.astype(np.float16), moves=[("all-reduce", Y_BYTES // 2)])
+
+
+# ---- vmap and scan ----
+
+
+@both
+@pytest.mark.parametrize("axis", [0, 1])
+def test_vmap_over_a_sharded_axis_of_x(kind, axis):
+    mesh = mesh_of(kind)
+    spec = [None, None, None]
+    spec[axis] = "b"
+    f = jax.vmap(jf.spmm, (None, axis), axis)
+    w = jf.shard(jf.encode(W), mesh, "a")
+    result = P(*spec[:2], "a")
+    run(f, w, put(mesh, X, *spec), y=Y, spec=result)
+
+
+@both
+@pytest.mark.parametrize("x_too", [False, True])
+def test_vmap_over_a_sharded_stack_of_weights(kind, x_too):
+    mesh = mesh_of(kind)
+    stack = jf.stack([jf.encode(W, "bitmap", 4), jf.encode(2 * W, "bitmap", 4)])
+    stack = put(mesh, stack, "b", "a")
+    x = np.stack([X, X + 1]) if x_too else X
+    y = np.stack([x[0] @ W.T, x[1] @ (2 * W).T] if x_too else [Y, 2 * Y]).astype(np.float32)
+    f = jax.vmap(jf.spmm, (0, 0 if x_too else None))
+    run(f, stack, put(mesh, x, *("b" if x_too else "")), y=y, spec=P("b", None, None, "a"))
+
+
+@both
+def test_scan_over_sharded_layers(kind):
+    mesh = mesh_of(kind)
+    stack = jf.stack([jf.encode(W), jf.encode(2 * W)])
+    stack = jf.shard(stack, mesh, "a")
+
+    def f(stack, x):
+        return jax.lax.scan(lambda c, w: (c, jf.spmm(w, x)), 0, stack)[1]
+
+    run(f, stack, put(mesh, X, "b"), y=np.stack([Y, 2 * Y]), spec=P(None, "b", None, "a"))
+
+
+# ---- shard_map ----
+
+
+@both
+def test_inside_a_shard_map_a_weight_is_its_local_part(kind):
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh, "a")
+    seen = []
+
+    def f(w, x):
+        seen.append((w.shape, w.local_shape))
+        return jf.spmm(w, x)
+
+    f = jax.shard_map(f, mesh=mesh, in_specs=(P("a"), P("b")), out_specs=P("b", None, "a"))
+    run(f, w, put(mesh, X, "b"), y=Y)
+    assert seen[0] == ((M, K), (M // 4, K))
+    run(jax.vmap(f, (None, 1), 1), w, put(mesh, X[:, None], "b"), y=Y[:, None])
+
+
+@both
+def test_inside_a_shard_map_sums_are_the_callers(kind):
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh, columns="a")
+    f = jax.shard_map(
+        lambda w, x: jax.lax.psum(jf.spmm(w, x), "a"),
+        mesh=mesh, in_specs=(P("a"), P("b", None, "a")), out_specs=P("b"),
+    )  # fmt: skip
+    x = put(mesh, X, "b", None, "a")
+    run(f, w, x, y=Y, moves=[("all-reduce", Y_BYTES // 2)])
+
+
+@both
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("context", [False, True])
+def test_inside_a_partly_manual_shard_map(kind, columns, context):
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh, None if columns else "a", "a" if columns else None)
+    x = put(mesh, X, "b")
+    where = {} if context else {"mesh": mesh}
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        f = jax.shard_map(
+            jf.spmm, **where, in_specs=(P(), P("b")), out_specs=P("b"), axis_names={"b"}
+        )
+        if kind == EXPLICIT and jax.__version_info__ < (0, 12):
+            with pytest.warns(UserWarning, match=r"gathers .* of W \[32, 64\], \d+ bytes"):
+                np.testing.assert_array_equal(jax.jit(f)(w, x), Y)
+            return
+        run(f, w, x, y=Y, moves=[("all-reduce", Y_BYTES // 2)] if columns else [])
+
+
+def test_explicit_and_auto_axes_in_one_mesh():
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(EXPLICIT, AUTO, AUTO))
+    moves = [("all-reduce", Y_BYTES // 4)]
+    w = jf.shard(jf.encode(W), mesh, "c", "b")
+    run(jf.spmm, w, put(mesh, X, "a"), y=Y, spec=P("a", None, "c"), moves=moves)
+    run(jf.spmm, jf.shard(jf.encode(W), mesh, "a"), put(mesh, X, "b"), y=Y, spec=P("b", None, "a"))
+
+
+# ---- derivatives ----
+
+
+def gradients(w, x, bias):
+    def loss(values, x, bias):
+        return (jf.spmm(w.with_values(values), x, bias, "relu") ** 2).sum() / 64
+
+    return jax.grad(loss, (0, 1, 2))(w.values, x, bias)
+
+
+# rows, columns, x's spec, bias's spec, collectives: kind and what they sum, in bytes
+V_BYTES = M * K * 4
+GRADIENTS = {
+    "rows": ("a", None, P("b"), "a",
+             [("all-reduce", X.nbytes // 2), ("all-reduce", V_BYTES // 4 + M)]),
+    "columns": (None, "a", P("b", None, "a"), None,
+                [("all-reduce", Y_BYTES // 2), ("all-reduce", V_BYTES // 4 + 4 * M)]),
+    "tokens": (None, None, P("a"), None, [("all-reduce", V_BYTES + 4 * M)]),
+}  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients(kind, case):
+    rows, columns, x_spec, bias_spec, moves = GRADIENTS[case]
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh, rows, columns)
+    bias = np.arange(M, dtype=np.float32)
+    alone = jf.encode(W, shards=(w.row_shards, w.column_shards))
+    expected = jax.jit(gradients)(alone, X, bias)
+    args = w, put(mesh, X, *x_spec), put(mesh, bias, bias_spec)
+    compiled = jax.jit(gradients).lower(*args).compile()
+    got = compiled(*args)
+    for a, b, like in zip(got, expected, (w.values, *args[1:]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3)
+        assert a.sharding.is_equivalent_to(like.sharding, a.ndim)
+    assert collectives(compiled) == sorted(moves)
+
+
+@both
+def test_gradients_inside_a_shard_map(kind):
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh, "a")
+    bias = np.arange(M, dtype=np.float32)
+    expected = jax.jit(gradients)(jf.encode(W, shards=4), X, bias)
+
+    def local(w, x, bias):
+        y = jf.spmm(w, x, bias, "relu")
+        return jax.lax.psum((y**2).sum(), ("a", "b")) / 64
+
+    def f(values, x, bias):
+        specs = P("a"), P("b"), P("a")
+        total = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+        return total(w.with_values(values), x, bias)
+
+    got = jax.jit(jax.grad(f, (0, 1, 2)))(w.values, put(mesh, X, "b"), put(mesh, bias, "a"))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3)
+
+
+@both
+def test_forward_mode_and_decode(kind):
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh, "b", "a")
+    run(jf.decode, w, y=W, spec=P("b", "a"))
+    x = put(mesh, X, None, None, "a")
+
+    def f(w, x):
+        return jax.jvp(lambda v: jf.spmm(w.with_values(v), x), (w.values,), (w.values,))[1]
+
+    run(f, w, x, y=Y, moves=[("all-reduce", Y_BYTES // 2)])
+
+
+# ---- layouts ----
+
+
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("start", [(1, 1), (4, 1), (1, 8), (2, 4)])
+@pytest.mark.parametrize(
+    "rows_columns", [("a", None), ("b", "a"), (None, ("a", "b")), (None, None)]
+)
+def test_from_p_to_q_shards(format, start, rows_columns, monkeypatch):
+    mesh = mesh_of(AUTO)
+    w = jf.encode(W, format, shards=start)
+    # The whole is never dense.
+    monkeypatch.setattr(type(w), "to_dense", None)
+    moved = jf.shard(w, mesh, *rows_columns)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(moved.to_dense(), W)
+    moved.validate()
+    for b in jax.tree.leaves(moved):
+        per_device = {s.data.shape[0] for s in b.addressable_shards}
+        n = np.prod([mesh.shape[a] for g in rows_columns if g for a in g])
+        assert per_device == {moved.shards // n}
+
+
+def test_a_layout_that_fits_is_kept():
+    mesh = mesh_of(AUTO)
+    w = jf.shard(jf.encode(W, shards=8), mesh, "a")
+    assert w.shards == 8
+    run(jf.spmm, w, put(mesh, X), y=Y, spec=P(None, None, "a"))
+
+
+def test_rows_that_no_block_divides():
+    # y is gathered on its way to 31 features, W is not.
+    mesh = mesh_of(AUTO)
+    w = put(mesh, jf.encode(W[:31], shards=4), "a")
+    run(jf.spmm, w, put(mesh, X), y=Y[..., :31], moves=[("all-gather", Y_BYTES)])
+
+
+# ---- what cannot be ----
+
+
+def test_shard_says_which_number_to_change():
+    mesh = mesh_of(AUTO)
+    w = jf.encode(W)
+    with pytest.raises(ValueError, match=r"axis 'tp' does not exist; the mesh has \['a', 'b'\]"):
+        jf.shard(w, mesh, "tp")
+    with pytest.raises(ValueError, match="mesh axis 'a' splits rows and columns"):
+        jf.shard(w, mesh, "a", ("a", "b"))
+    with pytest.raises(ValueError, match=r"M = 30 into 4.*; use 2 devices there.* M = 32"):
+        jf.shard(jf.encode(W[:30]), mesh, "a")
+    with pytest.raises(ValueError, match=r"K = 63 into 4.*; use 1 devices there.* K = 64"):
+        jf.shard(jf.encode(W[:, :63]), mesh, columns="a")
+
+
+@both
+def test_splits_that_would_gather_the_weight(kind):
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W), mesh)
+    w = w.with_values(put(mesh, np.pad(w.values, ((0, 0), (0, -w.values.size % 4))), None, "a"))
+    error = ValueError if kind == EXPLICIT else jax.errors.JaxRuntimeError
+    with pytest.raises(error, match="would have to be gathered; split axis 0 alone"):
+        jax.jit(jf.spmm)(w, put(mesh, X))
+    w = put(mesh, jf.encode(W, shards=(2, 2)), "a")  # one axis over rows and columns
+    message = "lay it out again" if kind == EXPLICIT else "need mesh axes of their own"
+    with pytest.raises(error, match=message):
+        jax.jit(jf.spmm)(w, put(mesh, X))
+
+
+@pytest.mark.parametrize("spec", [P("a"), P(None, None, "a")])
+def test_operands_that_do_not_meet(spec):
+    # Explicit: types do not agree. Auto: x moves, W never.
+    mesh = mesh_of(EXPLICIT)
+    w = jf.shard(jf.encode(W), mesh, "a")
+    with pytest.raises(
+        ValueError, match=r"has to lie as P\(None, None, None\) to meet W, of 4 x 1"
+    ):
+        jf.spmm(w, put(mesh, X, *spec))
+    with pytest.raises(ValueError, match=r"out_sharding is .* but W leaves the result as"):
+        jf.spmm(w, put(mesh, X), out_sharding=P("a"))
+    mesh = mesh_of(AUTO)
+    w = jf.shard(jf.encode(W), mesh, "a")
+    compiled = jax.jit(jf.spmm).lower(w, put(mesh, X, *spec)).compile()
+    np.testing.assert_array_equal(compiled(w, put(mesh, X, *spec)), Y)
+    assert ("all-gather", X.nbytes) in collectives(compiled)
+    assert collectives(compiled, ["f16", "u32"]) == []
+
+
+def test_one_device_lowers_to_the_plain_call():
+    w = jf.encode(W)
+    text = jax.jit(jf.spmm).lower(w, X).as_text()
+    assert text.count("custom_call") == 1
+    assert "CustomSPMDPartitioning" not in text
+    one = jax.make_mesh((1,), ("a",), devices=jax.devices()[:1])
+    text = jax.jit(jf.spmm).lower(jf.shard(w, one, "a"), put(one, X)).as_text()
+    assert "CustomSPMDPartitioning" not in text
+
+
+def test_the_counter_sees_collectives():
+    mesh = mesh_of(AUTO)
+    f = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, P()))
+    assert collectives(f.lower(put(mesh, X, "a")).compile()) == [("all-gather", X.nbytes)]
+    sums = jax.jit(jnp.sum).lower(put(mesh, X, "a")).compile()
+    assert collectives(sums) == [("all-reduce", 4)]
+
+
+def test_nothing_warns():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mesh = mesh_of(AUTO)
+        jax.jit(jf.spmm)(jf.shard(jf.encode(W), mesh, "a"), put(mesh, X, "b"))
