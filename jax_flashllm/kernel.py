@@ -126,7 +126,7 @@ def _spmm_columns(local, /, *args, shape, columns, **params):
     if columns == 1:
         return local(*args, shape=shape, **params)
     *w, x, bias = args
-    y = 0.0
+    y = jnp.zeros((), jnp.float32)
     for part, k in _by_column(shape, columns, *w):
         xk = x[..., k]
         y += local(*part, xk, bias, shape=(shape[0], xk.shape[-1]), **params).astype(jnp.float32)

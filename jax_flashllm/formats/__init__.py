@@ -94,7 +94,9 @@ def join(blocks: list[SparseWeight], shape: tuple[int, int], grid: tuple[int, in
     index = max(w.buffers[0].shape[-1] for w in blocks)
     same = [pad(w, values, index) for w in blocks]
     kind = type(blocks[0])
-    buffers = {f: np.concatenate([getattr(w, f) for w in same]) for f in kind._buffers()}
+    buffers: dict[str, Any] = {
+        f: np.concatenate([getattr(w, f) for w in same]) for f in kind._buffers()
+    }
     return kind(shape=shape, grid=grid, **buffers)
 
 

@@ -31,7 +31,8 @@ def shard(w: SparseWeight, mesh: Mesh, rows: Axes = None, columns: Axes = None) 
     axes = _names(mesh, rows), _names(mesh, columns)
     if shared := set(axes[0]) & set(axes[1]):
         raise ValueError(f"shard: mesh axis {min(shared)!r} splits rows and columns; name it once")
-    grid = tuple(math.prod(mesh.shape[a] for a in names) for names in axes)
+    R, C = (math.prod(mesh.shape[a] for a in names) for names in axes)
+    grid = R, C
     for name, size, parts, names in zip("MK", w.shape, grid, axes, strict=True):
         if size % parts:
             raise ValueError(
@@ -39,9 +40,8 @@ def shard(w: SparseWeight, mesh: Mesh, rows: Axes = None, columns: Axes = None) 
                 f"{parts}, which does not divide it; use {math.gcd(size, parts)} devices there, or "
                 f"pad W to {name} = {-(-size // parts) * parts}"
             )
-    R, C = w.row_shards, w.column_shards
-    fits = R % grid[0] == 0 and (grid[1] == C or (grid[0] == 1 and C % grid[1] == 0))
-    if not fits:
+    same_columns = w.column_shards == C or (R == 1 and w.column_shards % C == 0)
+    if w.row_shards % R or not same_columns:
         w = relayout(w, grid)
     lead = (None,) * (w.values.ndim - 2)
     return place(w, NamedSharding(mesh, P(*lead, (*axes[1], *axes[0]) or None)))

@@ -203,7 +203,7 @@ class SparseWeight:
         """The column blocks, each a weight [M, ceil(K / C)]."""
         rows, shape = self.row_shards, (self.shape[0], self.shard_columns)
         for c in range(self.column_shards):
-            buffers = {
+            buffers: dict[str, Any] = {
                 f: np.asarray(getattr(self, f))[c * rows : (c + 1) * rows] for f in self._buffers()
             }
             yield type(self)(shape=shape, grid=(rows, 1), **buffers)
@@ -211,7 +211,9 @@ class SparseWeight:
     def block(self, r: int, c: int) -> np.ndarray:
         """Row block r of column block c, dense."""
         s = c * self.row_shards + r
-        buffers = {f: np.asarray(getattr(self, f)[s : s + 1]) for f in self._buffers()}
+        buffers: dict[str, Any] = {
+            f: np.asarray(getattr(self, f)[s : s + 1]) for f in self._buffers()
+        }
         shape = self.shard_rows, self.shard_columns
         return type(self)(shape=shape, grid=(1, 1), **buffers)._to_dense()
 
