@@ -132,7 +132,12 @@ def _check_weight(op: str, w) -> None:
         raise TypeError(
             f"{op}: w is a gradient, without indices; take its values: w.with_values(grad.values)"
         )
-    if w.values.ndim != 2:
+    if w.values.ndim < 2:
+        raise ValueError(
+            f"{op}: w is a part of a weight, with values {list(w.values.shape)}; under jax.vmap "
+            "over the tokens alone pass in_axes=(None, 0)"
+        )
+    if w.values.ndim > 2:
         raise ValueError(
             f"{op}: w is stacked, with values {list(w.values.shape)}; use jax.vmap or lax.scan"
         )

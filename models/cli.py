@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from jax_flashllm import __version__
 from jax_flashllm.models.commands import bench, eval, generate, info, prune
 
 PROGRAM = "jax-flashllm"
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         description="Serve and prune unstructured-sparse language models with JAX.",
         allow_abbrev=False,
     )
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(
@@ -53,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = False
     try:
         _prepare_streams()
-        args = parser().parse_args(argv)
+        args, unknown = parser().parse_known_args(argv)
+        if unknown:  # argparse would point to the help that does not list a command's options
+            raise ValueError(
+                f"{args.command}: unrecognized arguments: {' '.join(unknown)}; see {PROGRAM} "
+                f"{args.command} --help"
+            )
         debug = args.debug
         args.run(args)
         sys.stdout.flush()

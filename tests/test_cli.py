@@ -13,6 +13,7 @@ import pytest
 import tiny_opt
 from safetensors.numpy import save
 
+import jax_flashllm
 from jax_flashllm.models import cli, opt
 from jax_flashllm.models.checkpoint import open_checkpoint
 from jax_flashllm.models.commands import common
@@ -281,7 +282,9 @@ def hostile(path):
     [
         ("", "required: COMMAND; see jax-flashllm --help"),
         ("frobnicate", "invalid choice: 'frobnicate'"),
-        ("generate --nonsense", "unrecognized arguments: --nonsense"),
+        ("generate --nonsense", "generate: unrecognized arguments: --nonsense; see jax-flashllm "
+         "generate --help"),
+        ("generate --model . --prompt a", "model . has no config.json, so it is no model's"),
         ("generate --model nowhere --prompt a", "nowhere does not exist; pass the directory"),
         ("generate --model ~nobody-of-that-name --prompt a", "does not exist; pass the directory"),
         ("info --model=", "'' does not exist; pass the directory"),
@@ -389,6 +392,10 @@ def test_out_of_memory_is_no_fault_of_ours(inside, monkeypatch, error):
     assert code == 2
     assert "out of memory" in stderr
     assert "free some memory" in stderr
+
+
+def test_version(inside):
+    assert inside("--version") == (0, f"jax-flashllm {jax_flashllm.__version__}\n", "")
 
 
 def test_help_names_every_command(inside):

@@ -631,6 +631,8 @@ def test_errors_name_values_and_the_next_step():
         w.with_values(w.values.astype(np.float32)),
         x,
     )
+    with pytest.raises(ValueError, match=r"a part of a weight.*pass in_axes=\(None, 0\)"):
+        jax.vmap(jf.spmm)(w, x[None])
     with pytest.raises(ValueError, match="decode: w is stacked"):
         jf.decode(stacked)
     with pytest.raises(TypeError, match="decode: w must be an encoded weight, got list"):

@@ -73,6 +73,11 @@ def model_path(name: str) -> Path:
             f"model {name or repr(name)} {what}; pass the directory of a downloaded OPT "
             "checkpoint, or 'demo'"
         )
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"model {name} has no config.json, so it is no model's directory; pass that of a "
+            "downloaded OPT checkpoint, or 'demo'"
+        )
     return path
 
 

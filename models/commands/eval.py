@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.dense:
         dense, seconds = measure(densify(model))
-        change = 100 * (result.per_token / dense.per_token - 1)
+        change = round(100 * (result.per_token / dense.per_token - 1), 4) + 0.0  # no -0.0000
         print(
             f"the same weights dense: {dense.per_token:.4f} per token in {seconds:.1f} s; the "
             f"sparse kernels differ by {change:+.4f}%"
