@@ -7,7 +7,7 @@ missing, extra or of another shape is told before anything is read; `Loader` rea
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from jax_flashllm.formats import encode
 from jax_flashllm.models import checkpoint
@@ -51,9 +52,22 @@ def load(path: str | os.PathLike, dtype: Any, attention_implementation: Implemen
             on_cpu = jax.default_backend() == "cpu"
             compute = jnp.dtype(jnp.float32) if on_cpu else names.dtype("embed_tokens.weight")
         loader = Loader(names, config, compute, cast if cast != np.float32 else None)
-        return OPT(
-            config, make=loader, dtype=compute, attention_implementation=attention_implementation
-        )
+        # Shown on a terminal, once a second has passed.
+        with tqdm(
+            total=len(names.stored),
+            desc="load",
+            unit=" tensors",
+            delay=1,
+            leave=False,
+            disable=None,
+        ) as bar:
+            loader.on_read = bar.update
+            return OPT(
+                config,
+                make=loader,
+                dtype=compute,
+                attention_implementation=attention_implementation,
+            )
 
 
 def verify(ckpt: checkpoint.Checkpoint) -> tuple[_Names, OPTConfig]:
@@ -236,6 +250,7 @@ class Loader:
     def __init__(self, names: _Names, config: OPTConfig, compute: np.dtype, cast: np.dtype | None):
         self.names, self.compute, self.cast = names, compute, cast
         self.affine = config.layer_norm_elementwise_affine
+        self.on_read: Callable[[], Any] = lambda: None  # a tensor
 
     def linear(self, names: list[str], in_features: int, out_features: int, bias: bool):
         kernel = self._read([f"{name}.weight" for name in names])
@@ -304,6 +319,7 @@ class Loader:
 
     def _read_one(self, name: str) -> np.ndarray:
         stored = self.names.read(name)
+        self.on_read()
         if self.cast is None or stored.dtype == self.cast:
             return stored
         with np.errstate(over="ignore"):

@@ -1,5 +1,6 @@
 """The OPT model: recorded answers of transformers, the cache, loading."""
 
+import io
 import json
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from tiny_opt import quick_compiles  # noqa: F401
 
 from jax_flashllm import nn
-from jax_flashllm.models import opt
+from jax_flashllm.models import opt, weights
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.weights import tensors
@@ -256,6 +257,22 @@ def test_an_unusable_dtype_is_refused(tmp_path):
         load(tmp_path, dtype="half a float")
 
 
+def test_loading_shows_every_tensor(tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(weights.tqdm):
+        def __init__(self, **kwargs):
+            super().__init__(**(kwargs | {"disable": False, "file": io.StringIO()}))
+
+        def close(self):
+            shown.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(weights, "tqdm", Bar)
+    load(tmp_path)
+    assert shown[0][0] == shown[0][1] > 20
+
+
 def test_loading_takes_little_more_memory_than_the_file(tmp_path, fresh_process):
     shape = dict(hidden_size=1024, word_embed_proj_dim=1024, ffn_dim=4096, num_hidden_layers=4)
     config = tiny_opt.config("plain", num_attention_heads=16, vocab_size=5000, **shape)
@@ -264,7 +281,7 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path, fresh_process)
 import os, sys
 import jax.numpy as jnp, numpy as np
 from jax_flashllm import encode
-from jax_flashllm.models import opt
+from jax_flashllm.models import opt, weights
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()
