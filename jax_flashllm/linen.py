@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen.linear import default_kernel_init
 
-from jax_flashllm.formats import Format, SparseWeight
+from jax_flashllm.formats import Format, Shards, SparseWeight
 from jax_flashllm.formats.weight import HALF_DTYPES
 from jax_flashllm.nn.weights import (
+    block_axes,
     check_param_dtype,
     encode_kernel,
     initial_weight,
@@ -37,7 +38,8 @@ class SparseDense(linen.Module):
     dtype: computes in this dtype; None promotes x, weight and bias as linen.Dense does. Sums are
         in float32 whatever it is, and the weight is never rounded to it.
     param_dtype: float16 or bfloat16, of the initial weight and bias.
-    format, shards: as in `jax_flashllm.encode`.
+    format, shards: as in `jax_flashllm.encode`. Names that linen.with_partitioning gives a kernel
+        [K, M] become those of the shards; M's axes need as many row blocks, K's column blocks.
     Left out of linen.Dense's arguments: `precision`, `dot_general`, `dot_general_cls` and
         `promote_dtype`, since the kernel's product has no other forms.
 
@@ -53,7 +55,7 @@ class SparseDense(linen.Module):
     bias_init: Callable[..., Any] = linen.initializers.zeros_init()
     sparsity: float = 0.0
     format: Format = "auto"
-    shards: int = 1
+    shards: Shards = 1
 
     @classmethod
     def from_dense(
@@ -82,8 +84,8 @@ class SparseDense(linen.Module):
             # How many values there are is the weight's to say: no shape to compare with.
             values = self.get_variable("params", "kernel")
             values = self.param("kernel", lambda _: values)
-            index = self.get_variable("sparse", "kernel_index")
-            offsets = self.get_variable("sparse", "kernel_offsets")
+            index = linen.unbox(self.get_variable("sparse", "kernel_index"))
+            offsets = linen.unbox(self.get_variable("sparse", "kernel_offsets"))
             if index is None or offsets is None:
                 raise ValueError(
                     f"{self.name or 'SparseDense'}: the variables have a kernel but no 'sparse' "
@@ -95,23 +97,34 @@ class SparseDense(linen.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         x, bias = promoted(inputs, values, bias, self.dtype)
-        return spmm(rebuild(values, index, offsets, shape), x, bias, activation)
+        grid = self.shards if isinstance(self.shards, tuple) else (self.shards, 1)
+        grid = None if grid == (1, 1) else grid  # variables may bring more rows
+        return spmm(rebuild(values, index, offsets, shape, grid), x, bias, activation)
 
     def _init(self, shape: tuple[int, int]):
         check_param_dtype(self.param_dtype, "SparseDense")
         encoded: list[SparseWeight] = []
 
         def init(key):
-            kernel = linen.unbox(self.kernel_init(key, shape[::-1], self.param_dtype))
-            w = initial_weight(kernel, self.sparsity, self.param_dtype, self.format, self.shards)
-            encoded.append(w)
-            return w.values
+            kernel = self.kernel_init(key, shape[::-1], self.param_dtype)
+            arguments = self.sparsity, self.param_dtype, self.format, self.shards
+            w = initial_weight(linen.unbox(kernel), *arguments)
+            encoded.append(jax.tree.map(lambda b: _boxed_as(kernel, b), w))
+            return encoded[0].values
 
         values = self.param("kernel", init)
         index, offsets = encoded[0].buffers
         self.put_variable("sparse", "kernel_index", index)
         self.put_variable("sparse", "kernel_offsets", offsets)
-        return values, index, offsets
+        return values, linen.unbox(index), linen.unbox(offsets)
+
+
+def _boxed_as(kernel: Any, buffer: Any) -> Any:
+    """A weight's buffer in the box of its kernel [K, M], whose names are its shards' then."""
+    if not isinstance(kernel, linen.Partitioned):
+        return buffer
+    names, *_ = block_axes(kernel.names)
+    return kernel.replace(value=buffer, names=names)
 
 
 def variables_from_encoded(w: SparseWeight, bias: jax.Array | None = None) -> dict[str, dict]:
@@ -129,7 +142,7 @@ def variables_from_dense(
     *,
     filter: Callable[[tuple[str, ...]], bool] | None = None,
     format: Format = "auto",
-    shards: int = 1,
+    shards: Shards = 1,
     param_dtype: Any = None,
 ) -> dict[str, dict]:
     """Variables for a model of SparseDense layers, from the params of its linen.Dense twin.
@@ -147,12 +160,13 @@ def variables_from_dense(
     def visit(path, node):
         if not isinstance(node, Mapping):
             return node, {}
-        kernel: Any = node.get("kernel")
+        boxed: Any = node.get("kernel")
+        kernel = linen.unbox(boxed)
         if getattr(kernel, "ndim", 0) == 2 and (filter is None or filter(path)):
             dtype = param_dtype or (kernel.dtype if kernel.dtype in HALF_DTYPES else jnp.bfloat16)
             check_param_dtype(dtype, "variables_from_dense")
             w = encode_kernel(kernel, sparsity, None, dtype, format, shards)
-            made = variables_from_encoded(w)
+            made = variables_from_encoded(jax.tree.map(lambda b: _boxed_as(boxed, b), w))
             return {**node, **made["params"]}, made["sparse"]
         pairs = {key: visit((*path, key), child) for key, child in node.items()}
         sparse = {key: s for key, (_, s) in pairs.items() if s}

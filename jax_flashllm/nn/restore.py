@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 
-from jax_flashllm.nn.dense import SparseDense
+from jax_flashllm.nn.dense import SparseDense, annotation_of
 from jax_flashllm.nn.tree import Path, dotted, flatten, normal, replace
 from jax_flashllm.nn.weights import rebuild
 
@@ -25,6 +26,9 @@ def restore(model: M, state: Mapping[Any, Any]) -> M:
         the state has a `kernel_index` becomes a SparseDense, with the layer's own `dtype`.
     state: what Orbax restores without a template, or an nnx.State, or nested dicts.
 
+    On a mesh (`jax.set_mesh`) annotated variables are laid out over it; the state may come from
+    another mesh, with other numbers of shards.
+
     Raises ValueError for arrays that are missing, left over, or of another shape. Random state
     (nnx.RngState) may be missing.
     """
@@ -43,8 +47,17 @@ def restore(model: M, state: Mapping[Any, Any]) -> M:
         if lost:
             raise ValueError(f"restore: {', '.join(lost)}: not in the state, though its index is")
         w = [arrays[n] for n in names]
-        weight = rebuild(*w, shape=(layer.out_features, layer.in_features))
-        new = SparseDense.from_encoded(weight, layer.bias, layer.dtype)
+        grid = arrays.get((*path, "kernel_grid"))
+        grid = None if grid is None else (int(grid[0]), int(grid[1]))
+        weight = rebuild(*w, shape=(layer.out_features, layer.in_features), grid=grid)
+        metadata = annotation_of(layer.kernel) if isinstance(layer, nnx.Linear) else {}
+        new = SparseDense.from_encoded(weight, layer.bias, layer.dtype, kernel_metadata=metadata)
+        if metadata:  # laid out over the model's mesh, maybe as other shards
+            for name in ("kernel", "kernel_index", "kernel_offsets", "kernel_grid"):
+                variable = getattr(new, name)
+                arrays.pop((*path, name), None)
+                if variable is not None:
+                    arrays[(*path, name)] = variable[...]
         return kernels.setdefault(id(layer.kernel), new)
 
     result = replace(model, [nnx.Linear, SparseDense], convert)
@@ -63,8 +76,17 @@ def restore(model: M, state: Mapping[Any, Any]) -> M:
                 f"restore: {dotted(path)} is {list(array.shape)} in the state but "
                 f"{list(old.shape)} in the model; pass the model that was saved"
             )
-        new.append((raw, variable.replace(array)))
+        new.append((raw, variable.replace(_placed(array, variable))))
     for paths, where in [(missing, "the model but not in the state"), (arrays, "the state only")]:
         if paths:
             raise ValueError(f"restore: {', '.join(map(dotted, paths))}: in {where}")
     return nnx.merge(graph, nnx.from_flat_state(new))
+
+
+def _placed(array: Any, variable: nnx.Variable) -> Any:
+    """The array where its variable's annotation says, if jax.set_mesh gave a mesh."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return array
+    spec = nnx.get_partition_spec(variable).get_value()
+    return jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))

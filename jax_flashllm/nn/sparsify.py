@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from jax_flashllm.formats import Format
+from jax_flashllm.formats import Format, Shards
 from jax_flashllm.nn.dense import SparseDense
 from jax_flashllm.nn.tree import Path, dotted, flatten, replace
 
@@ -19,7 +19,7 @@ def sparsify(
     masks: Mapping[Any, Any] | None = None,
     filter: Callable[[Path, nnx.Linear], bool] | None = None,
     format: Format = "auto",
-    shards: int = 1,
+    shards: Shards | None = None,
     dtype: Any = None,
     param_dtype: Any = None,
 ) -> M:

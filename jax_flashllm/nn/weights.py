@@ -1,5 +1,7 @@
 """Between Flax's dense kernels [K, M] and encoded weights [M, K]."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 from jax_flashllm.formats import (
     Bitmap,
     Format,
+    Shards,
     SparseWeight,
     TiledCSL,
     encode,
@@ -29,7 +32,7 @@ def encode_kernel(
     mask: Mask | None = None,
     dtype: Any = None,
     format: Format = "auto",
-    shards: int = 1,
+    shards: Shards = 1,
 ) -> SparseWeight:
     """Prunes, casts and encodes a kernel [K, M], or a stack of them [L, K, M].
 
@@ -67,7 +70,7 @@ def encode_kernel(
 
 
 def initial_weight(
-    kernel: jax.Array | np.ndarray, sparsity: float, dtype: Any, format: Format, shards: int
+    kernel: jax.Array | np.ndarray, sparsity: float, dtype: Any, format: Format, shards: Shards
 ) -> SparseWeight:
     """Prunes, casts and encodes a freshly drawn kernel [K, M], under jit and vmap too.
 
@@ -125,15 +128,56 @@ def check_param_dtype(dtype: Any, where: str) -> None:
         )
 
 
-def rebuild(values: Any, index: Any, offsets: Any, shape: tuple[int, int]) -> SparseWeight:
-    """The encoded weight of three buffers; the index's axes tell the format."""
+def block_axes(names: Any) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes that annotate a kernel [..., K, M], for what it is encoded to.
+
+    Returns the entries for the buffers' leading axes and shards, and the axes over M and over K.
+    """
+    names = (*names, *(None,) * (2 - len(names)))
+    lead, kernel = names[:-2], names[-2:]
+    columns, rows = (() if n is None else n if isinstance(n, tuple) else (n,) for n in kernel)
+    over = (*columns, *rows)
+    return (*lead, over[0] if len(over) == 1 else over or None), rows, columns
+
+
+def grid_for(
+    shards: Shards | None, rows: tuple[str, ...], columns: tuple[str, ...], sizes: Mapping[str, int]
+) -> tuple[int, int]:
+    """(R, C): `shards`, or one block a device of a mesh of these sizes.
+
+    Raises ValueError where the mesh does not divide `shards`.
+    """
+    parts = tuple(math.prod(sizes.get(a, 1) for a in axes) for axes in (rows, columns))
+    if shards is None:
+        return parts[0], parts[1]
+    R, C = shards if isinstance(shards, tuple) else (shards, 1)
+    if R % parts[0] or C % parts[1]:
+        raise ValueError(
+            f"SparseDense: shards={shards!r}, {R} row and {C} column blocks, over mesh axes "
+            f"{[*rows]} of {parts[0]} and {[*columns]} of {parts[1]} devices; pass shards={parts} "
+            "or leave it out"
+        )
+    return R, C
+
+
+def rebuild(
+    values: Any,
+    index: Any,
+    offsets: Any,
+    shape: tuple[int, int],
+    grid: tuple[int, int] | None = None,
+) -> SparseWeight:
+    """The encoded weight of three buffers; the index's axes tell the format.
+
+    grid: (R, C) blocks; None stands for as many rows as there are shards.
+    """
     if np.dtype(index.dtype) != np.uint32:
         raise ValueError(
             f"SparseDense: kernel_index is {index.dtype}, expected uint32 (the masks of a Bitmap, "
             "or the index of a TiledCSL)"
         )
     cls = TiledCSL if index.ndim == values.ndim else Bitmap
-    return cls(offsets, values, shape, index, grid=(values.shape[-2], 1))
+    return cls(offsets, values, shape, index, grid=grid or (values.shape[-2], 1))
 
 
 def promoted(x: Any, values: Any, bias: Any, dtype: Any):
