@@ -27,7 +27,8 @@ __global__ void ReadKernel(const uint4* data, size_t n, uint4* out) {
 extern "C" {
 
 __attribute__((visibility("default"))) int flashllm_initialize() {
-  return InitializeBitmap(&g_overlap);
+  if (cudaError_t e = InitializeBitmap(&g_overlap)) return e;
+  return InitializeTiledCsl();
 }
 
 __attribute__((visibility("default"))) int flashllm_read(void* stream, const void* data,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _DEFAULT_CORES = 132  # H100: for lowering where there is no GPU
+_WARP_ROWS = {"bitmap": 16, "tiled_csl": 64}
 _UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 _MAX_GROUP = 64
 # With x in terms every sum passes through the workspace; this bounds it.
@@ -25,7 +26,8 @@ class Device:
     """What a plan needs to know of a GPU."""
 
     cores: int  # streaming multiprocessors
-    warps: int  # warps a CTA whose rings fit into shared memory
+    warps: int  # warps a CTA whose rings fit into shared memory: a bitmap's
+    csl_warps: int = 8  # and Tiled-CSL's, with a dense block each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Plan:
     """Attributes of the custom call, and the bytes of its workspace."""
 
     ctas: int  # CTAs a group of tokens
-    warps: int  # warps a CTA, 16 rows of W each
+    warps: int  # warps a CTA, each with 16 rows of W in a bitmap, 64 in Tiled-CSL
     group: int  # tokens a pass over W
     chunk: int  # tokens a round of launches
     workspace: int
@@ -50,9 +52,12 @@ def device() -> Device:
     except RuntimeError:
         return Device(_DEFAULT_CORES, 16)
     capability = str(getattr(gpu, "compute_capability", "9.0"))
-    # 100 KB of shared memory on 8.6, 8.9 and 12.x hold eight rings of a dense block each.
-    warps = 16 if capability in ("8.0", "9.0", "10.0", "10.3") else 8
-    return Device(int(getattr(gpu, "core_count", 0)) or _DEFAULT_CORES, warps)
+    cores = int(getattr(gpu, "core_count", 0)) or _DEFAULT_CORES
+    if capability in ("9.0", "10.0", "10.3"):  # 227 KB of shared memory
+        return Device(cores, warps=16, csl_warps=8)
+    if capability == "8.0":  # 163 KB
+        return Device(cores, warps=16, csl_warps=7)
+    return Device(cores, warps=8, csl_warps=4)  # 99 KB on 8.6, 8.9 and 12.x
 
 
 def terms(weight_dtype, token_dtype) -> int:
@@ -74,14 +79,18 @@ def choose(
     format: str, rows: int, shards: int, k: int, tokens: int, n_terms: int, dev: Device
 ) -> Plan:
     """Plans x [tokens, k] times W of `shards` blocks of [rows, k]."""
-    row_bands = _ceil(rows, 16) if format == "bitmap" else _ceil(rows, 64) * 4
-    bands, blocks = shards * row_bands, _ceil(k, _UNIT_COLS[format])
+    warp_rows = _WARP_ROWS[format]
+    bands, blocks = shards * _ceil(rows, warp_rows), _ceil(k, _UNIT_COLS[format])
     chunk = max(1, min(tokens, _TERM_TOKENS // n_terms)) if n_terms > 1 else max(tokens, 1)
     if format == "tiled_csl":
-        warps, fill = 4, 6 * dev.cores
+        # A unit takes about 8 + warps: the more warps, the less of its latency shows.
+        warps = min(
+            range(dev.csl_warps, 0, -1),
+            key=lambda w: _ceil(_ceil(bands, w) * blocks, dev.cores) * (8 + w),
+        )
     else:
         # Narrower CTAs only where wide ones would leave multiprocessors without work.
-        warps, fill = dev.warps, dev.cores
+        warps = dev.warps
         while warps > 4 and _ceil(bands, warps) * blocks < 2 * dev.cores:
             warps //= 2
     strips = _ceil(bands, warps)
@@ -90,13 +99,15 @@ def choose(
     group = next((g for g in (8, 16, 32) if total <= g), _MAX_GROUP)
     groups = _ceil(total, group)
     # Many tokens fill the GPU with whole strips: nothing to combine.
-    ctas = strips if groups > 1 else min(units, fill)
-    slots = 0 if strips % ctas == 0 else 2
+    ctas = strips if groups > 1 else min(units, dev.cores)
+    slots = 0 if strips % ctas == 0 else 1
     if n_terms > 1:
         slots = _ceil(_ceil(units, ctas), blocks) + 1
-    workspace = groups * ctas * slots * warps * 16 * group * 4
+    workspace = groups * ctas * slots * warps * warp_rows * group * 4
     if n_terms > 1:
         workspace += _align(chunk * 4)
+    elif slots:
+        workspace += _align(ctas * warps * 4)
     if n_terms > 1 or k % 64:
         workspace += _align(total * _ceil(k, 64) * 64 * 2)
     return Plan(ctas, warps, group, chunk, workspace)

@@ -63,7 +63,7 @@ def test_plans_are_sound(shape, format):
     for tokens in (1, 8, 9, 64, 65, 5000):
         for terms in (1, 2, 3):
             p = plan.choose(format, m, 1, k, tokens, terms, H100)
-            bands = -(-m // 16) if format == "bitmap" else -(-m // 64) * 4
+            bands = -(-m // (16 if format == "bitmap" else 64))
             units = -(-bands // p.warps) * -(-k // (256 if format == "bitmap" else 128))
             assert 1 <= p.ctas <= units
             assert p.group in (8, 16, 32, 64)
@@ -72,11 +72,12 @@ def test_plans_are_sound(shape, format):
             assert p.workspace < 1 << 30
 
 
-def test_the_cut_does_not_depend_on_the_batch():
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+def test_the_cut_does_not_depend_on_the_batch(format):
     for m, k in SHAPES:
         cuts = {
             (p.ctas, p.warps)
-            for p in (plan.choose("bitmap", m, 1, k, n, 1, H100) for n in range(1, 65))
+            for p in (plan.choose(format, m, 1, k, n, 1, H100) for n in range(1, 65))
         }
         assert len(cuts) == 1
 

@@ -119,9 +119,10 @@ def test_inf_and_nan_meet_zeros_too(format, token):
     np.testing.assert_array_equal(y[np.isinf(ref)], ref[np.isinf(ref)])
 
 
-def test_same_bits_every_time_and_in_every_batch():
+@pytest.mark.parametrize("format", FORMATS)
+def test_same_bits_every_time_and_in_every_batch(format):
     dense = sparse_matrix((2048, 4096), np.float16, 0.4)
-    w = jax_flashllm.encode(dense, format="bitmap")
+    w = jax_flashllm.encode(dense, format=format)
     x = _normals((64, 4096), np.float16)
     first = bits(_multiply(w, x))
     for _ in range(100):
@@ -196,10 +197,11 @@ def test_scan_over_stacked_weights(format):
         np.testing.assert_array_equal(y, x)
 
 
-def test_runs_inside_a_command_buffer():
+@pytest.mark.parametrize("format", FORMATS)
+def test_runs_inside_a_command_buffer(format):
     """Weights through a chain of products captured as one CUDA graph, replayed with new x."""
     dense = sparse_matrix((256, 256), ml_dtypes.bfloat16, 0.3)
-    w = jax_flashllm.encode(dense, format="bitmap")
+    w = jax_flashllm.encode(dense, format=format)
 
     def chain(w, x):
         for _ in range(6):
@@ -215,7 +217,7 @@ def test_runs_inside_a_command_buffer():
     x1 = x0 + 1
     np.testing.assert_array_equal(bits(compiled(w, x1)), bits(chain(w, x1)))
     hlo = compiled.as_text()
-    assert "flashllm_spmm_bitmap_v1" in hlo
+    assert f"flashllm_spmm_{format}_v1" in hlo
 
 
 def test_two_devices():
@@ -232,7 +234,7 @@ def test_two_devices():
 
 
 def test_garbage_stays_inside_the_buffers():
-    """Offsets and masks that lie give wrong numbers, never a fault."""
+    """Offsets, masks, codes and positions that lie give wrong numbers, never a fault."""
     import dataclasses
 
     dense = sparse_matrix((200, 600), np.float16, 0.5)
@@ -243,8 +245,10 @@ def test_garbage_stays_inside_the_buffers():
         noise = jnp.asarray(rng.integers(0, 2**32, w.offsets.shape, dtype=np.uint32))
         broken = dataclasses.replace(w, offsets=noise)
         if format == "bitmap":
-            broken = dataclasses.replace(broken, masks=jnp.full_like(w.masks, 2**32 - 1))
-        for f in (lambda w: jax_flashllm.spmm(w, x), decode):
-            jax.block_until_ready(jax.jit(f)(broken))
+            broken = [dataclasses.replace(broken, masks=jnp.full_like(w.masks, 2**32 - 1))]
+        else:
+            broken = [broken, dataclasses.replace(w, index=jnp.full_like(w.index, 2**32 - 1))]
+        for f, b in itertools.product((lambda w: jax_flashllm.spmm(w, x), decode), broken):
+            jax.block_until_ready(jax.jit(f)(b))
     ok = jax_flashllm.encode(dense, format="bitmap")
     assert_product(_multiply(ok, x), x, dense)

@@ -12,6 +12,7 @@
 // Warps never meet: no CTA barrier, no producer warp. A ring holds blocks of any size
 // back to back, so a dense block next to an empty one costs no slot.
 #include "../bitmap.h"
+#include "ring.cuh"
 #include "strips.cuh"
 
 namespace flashllm::cuda {
@@ -19,40 +20,12 @@ namespace {
 
 using bitmap::kBlockTiles;
 
-constexpr int kSlots = 8;                               // blocks in flight at most
 constexpr int kBlockBytes = bitmap::kBlockWeights * 2;  // of values, at 0% sparsity
 constexpr int kMaxWarps = 16;
 constexpr int kBarrierBytes = kMaxWarps * kSlots * 8;
-constexpr int kRingAlign = 128;
 
 // Offsets that lie (garbage) may send a lane past its block, never past this.
 constexpr int kTailBytes = kBlockBytes;
-
-// The blocks of a warp, in order, as bytes in a ring.
-struct Ring {
-  uint32_t base, bytes, barriers;
-  uint32_t head = 0, tail = 0;  // byte offsets: next free, oldest held
-  int issued = 0, taken = 0;    // blocks
-  uint32_t starts = 0;          // lane s: where slot s starts
-
-  // Claims room for `size` bytes; false if there is none now.
-  __device__ bool Claim(uint32_t size, uint32_t* start) {
-    const int held = issued - taken;
-    if (held == kSlots) return false;
-    if (held == 0) head = tail = 0;
-    if (held == 0 || head > tail) {  // free: [head, bytes) and [0, tail)
-      if (head + size > bytes) {
-        if (held == 0 || size > tail) return false;
-        head = 0;
-      }
-    } else if (size > tail - head) {  // free: [head, tail)
-      return false;
-    }
-    *start = head;
-    head += size;
-    return true;
-  }
-};
 
 // Two neighbouring weights of a lane, bits kBit and kBit + 1 of its mask, as one register of
 // an A fragment. `run` walks the lane's values of this step.
@@ -111,12 +84,14 @@ template <bool kBf16, int kN8>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = blockIdx.y;
-  const int64_t unit0 = FirstUnit(a, blockIdx.x);
-  const int count = static_cast<int>(FirstUnit(a, blockIdx.x + 1) - unit0);
+  const int cta = CtaIndex(a);
+  const int64_t unit0 = FirstUnit(a, cta);
+  const int count = static_cast<int>(FirstUnit(a, cta + 1) - unit0);
   ptx::LaunchDependents();
   if (count == 0) return;
 
   Ring ring;
+  uint32_t starts = 0;  // lane s: where slot s starts
   ring.bytes = a.ring_bytes;
   ring.barriers = ptx::SharedAddress(shared) + warp * kSlots * 8;
   ring.base = ptx::SharedAddress(shared) + kBarrierBytes + warp * a.ring_bytes;
@@ -162,7 +137,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
       if (!ring.Claim(n * 16, &start)) break;
       const int64_t from = __shfl_sync(~0u, first, ring.issued & 31);
       const int slot = ring.issued % kSlots;
-      if (lane == slot) ring.starts = start;
+      if (lane == slot) starts = start;
       const uint32_t barrier = ring.barriers + slot * 8, dst = ring.base + start;
       const uint16_t* src = a.values + from * 8;
 #if __CUDA_ARCH__ >= 900
@@ -194,7 +169,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
   load_masks(strip, block, next_masks);
   ptx::WaitForPrevious();  // weights depend on nothing before this kernel; x may
 
-  float acc[kN8][4] = {};
+  float acc[1][kN8][4] = {};
   // The lane's 32 bytes of a token in a tile are its B fragments of the four steps.
   const int token = group * kN8 * 8 + (lane >> 2);
   const uint16_t* x_lane = a.x + token * a.x_stride + (lane & 3) * 16;
@@ -209,7 +184,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
     }
 
     const int slot = i % kSlots;
-    const uint32_t start = __shfl_sync(~0u, ring.starts, slot);
+    const uint32_t start = __shfl_sync(~0u, starts, slot);
     uint32_t run = ring.base + start;
     ptx::BarrierWait(ring.barriers + slot * 8, (i / kSlots) & 1);
 
@@ -246,10 +221,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
 #pragma unroll
       for (int n8 = 0; n8 < kN8; ++n8) {
         uint4(&b)[2] = x[n8 % kAhead];
-        ptx::Mma<kBf16>(acc[n8], fragments[0], b[0].x, b[0].y);
-        ptx::Mma<kBf16>(acc[n8], fragments[1], b[0].z, b[0].w);
-        ptx::Mma<kBf16>(acc[n8], fragments[2], b[1].x, b[1].y);
-        ptx::Mma<kBf16>(acc[n8], fragments[3], b[1].z, b[1].w);
+        ptx::Mma<kBf16>(acc[0][n8], fragments[0], b[0].x, b[0].y);
+        ptx::Mma<kBf16>(acc[0][n8], fragments[1], b[0].z, b[0].w);
+        ptx::Mma<kBf16>(acc[0][n8], fragments[2], b[1].x, b[1].y);
+        ptx::Mma<kBf16>(acc[0][n8], fragments[3], b[1].z, b[1].w);
         if (n8 + kAhead < kN8) load_x(n8 + kAhead, b);
       }
     }
@@ -257,12 +232,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
     // ---- release ----
     __syncwarp();  // every lane has read its runs before the copy engine writes over them
     ++ring.taken;
-    ring.tail = __shfl_sync(~0u, ring.starts, ring.taken % kSlots);
+    ring.tail = __shfl_sync(~0u, starts, ring.taken % kSlots);
     refill();
 
     if (strip_ends || i + 1 == count) {
-      const bool whole = segment == 0 && strip_ends;
-      Flush<kN8>(a, group, strip, ordinal, whole, warp, lane, acc);
+      Flush(a, cta, group, strip, ordinal, segment, strip_ends, warp, lane, acc);
       ++ordinal;
       segment = 0;
     }
@@ -277,12 +251,6 @@ cudaError_t ForEachKernel(F f) {
                       BitmapKernel<kBf16, 8>})
     if (cudaError_t e = f(kernel)) return e;
   return cudaSuccess;
-}
-
-cudaError_t MaxShared(int* bytes) {
-  int device;
-  if (cudaError_t e = cudaGetDevice(&device)) return e;
-  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
 }  // namespace
@@ -300,7 +268,7 @@ cudaError_t InitializeBitmap(bool* overlap) {
   return ForEachKernel<true>(raise);
 }
 
-cudaError_t BitmapSpmm(cudaStream_t stream, const Args& args, bool bf16) {
+cudaError_t BitmapSpmm(cudaStream_t stream, const Args& args, bool bf16, bool overlap) {
   Args a = args;
   int shared;
   if (cudaError_t e = MaxShared(&shared)) return e;
@@ -309,8 +277,7 @@ cudaError_t BitmapSpmm(cudaStream_t stream, const Args& args, bool bf16) {
   const size_t bytes = kBarrierBytes + size_t(a.ring_bytes) * a.warps + kTailBytes;
   const dim3 grid(a.ctas, a.groups);
   auto launch = [&](auto kernel) {
-    kernel<<<grid, a.warps * 32, bytes, stream>>>(a);
-    return cudaGetLastError();
+    return Launch(stream, kernel, grid, a.warps * 32, bytes, overlap, a);
   };
   switch (a.group * 2 + bf16) {
     case 16:

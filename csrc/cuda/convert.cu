@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ uint16_t dense[kBlockWeights];
   const int64_t band = blockIdx.x / w.blocks, shard = band / w.bands;
   const int64_t row0 = band % w.bands * kBlockRows, col0 = blockIdx.x % w.blocks * kBlockCols;
-  const CslBlock b =
-      LocateBlock(w.index, w.offsets, w.index_capacity / 4, w.capacity / 8, shard, w.shard_offsets,
-                  band % w.bands * w.blocks + blockIdx.x % w.blocks);
+  const uint4 offsets = LoadOffsets(w.offsets + shard * w.shard_offsets +
+                                    (band % w.bands * w.blocks + blockIdx.x % w.blocks) * 2);
+  const CslBlock b = LocateBlock(w.index, offsets, w.index_capacity / 4, w.capacity / 8, shard);
   const auto element = [&](int half) {  // of the dense matrix, -1 outside of it
     const int64_t row = row0 + HalfRow(half), col = col0 + HalfCol(half);
     return row < w.rows && col < w.k ? (shard * w.rows + row) * w.k + col : -1;

@@ -43,6 +43,7 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
                           std::to_string(major) + ".x; run on CPU instead");
   bool overlap = false;
   if (auto e = Check(InitializeBitmap(&overlap), "loading the kernels"); e.failure()) return e;
+  if (auto e = Check(InitializeTiledCsl(), "loading the kernels"); e.failure()) return e;
   g_devices[device].store(overlap ? kOverlap : kReady, std::memory_order_release);
   return ffi::Error::Success();
 }

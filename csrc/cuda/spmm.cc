@@ -31,28 +31,31 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
   a.shard_rows = static_cast<int>(p.rows);
   if (p.format == Format::kBitmap) {
     const bitmap::Dims d(p.rows, p.k);
+    a.warp_bands = 1;
     a.shard_bands = static_cast<int>(d.bands);
     a.tiles = static_cast<int>(d.tiles);
     a.blocks = static_cast<int>(d.blocks);
     a.shard_offsets = static_cast<int>(d.offsets());
   } else {
     const tiled_csl::Dims d(p.rows, p.k);
-    a.shard_bands = static_cast<int>(d.bands) * tiled_csl::kBlockRows / 16;
+    a.warp_bands = tiled_csl::kBlockRows / 16;
+    a.shard_bands = static_cast<int>(d.bands) * a.warp_bands;
+    a.tiles = static_cast<int>(CeilDiv(p.k, 64));
     a.blocks = static_cast<int>(d.blocks);
     a.shard_offsets = static_cast<int>(d.offsets());
   }
   a.bands = static_cast<int>(p.shards) * a.shard_bands;
   a.warps = plan.warps;
-  a.strips = static_cast<int>(CeilDiv(a.bands, plan.warps));
+  a.strips = static_cast<int>(CeilDiv(a.bands, plan.warps * a.warp_bands));
   a.units = int64_t(a.strips) * a.blocks;
   a.ctas = plan.ctas;
   a.group = plan.group;
   a.groups = static_cast<int>(CeilDiv(a.tokens, plan.group));
   a.keep_all = a.terms > 1;
-  // A CTA's range touches at most this many strips; without terms only its first and last
-  // can be shared with another CTA.
+  // A CTA's range touches at most this many strips; without terms it leaves sums of its first
+  // only, if that began in another CTA.
   const int64_t touched = CeilDiv(CeilDiv(a.units, a.ctas), a.blocks) + 1;
-  a.slots = static_cast<int>(a.keep_all ? touched : a.strips % a.ctas == 0 ? 0 : 2);
+  a.slots = static_cast<int>(a.keep_all ? touched : a.strips % a.ctas == 0 ? 0 : 1);
   return a;
 }
 
@@ -60,7 +63,8 @@ Sizes WorkspaceSizes(const Problem& p, const Args& a) {
   Sizes s = {};
   if (NeedsPrepare(p)) s.tokens = Align(size_t(a.tokens) * a.x_stride * 2);
   if (a.terms > 1) s.unscale = Align(size_t(a.tokens_a_term) * 4);
-  s.partial = size_t(a.groups) * a.ctas * a.slots * a.warps * 16 * a.group * 4;
+  if (a.slots && !a.keep_all) s.flags = Align(size_t(a.ctas) * a.warps * 4);
+  s.partial = size_t(a.groups) * a.ctas * a.slots * a.warps * a.warp_bands * 16 * a.group * 4;
   return s;
 }
 
@@ -87,7 +91,8 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
     const char* x = static_cast<const char*>(p.x) + n0 * x_row;
     a.out.y = static_cast<char*>(p.y) + n0 * y_row;
     a.unscale = reinterpret_cast<float*>(workspace + sizes.tokens);
-    a.partial = reinterpret_cast<float*>(workspace + sizes.tokens + sizes.unscale);
+    a.flags = reinterpret_cast<uint32_t*>(workspace + sizes.tokens + sizes.unscale);
+    a.partial = reinterpret_cast<float*>(workspace + sizes.tokens + sizes.unscale + sizes.flags);
     if (NeedsPrepare(p)) {
       uint16_t* tokens = reinterpret_cast<uint16_t*>(workspace);
       a.x = tokens;
@@ -98,12 +103,14 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
       a.x = reinterpret_cast<const uint16_t*>(x);
       if (reinterpret_cast<uintptr_t>(x) % 16) return refuse("x must be 16-byte aligned");
     }
-    const bool bf16 = p.weight == Type::kBF16;
-    if (cudaError_t e = p.format == Format::kBitmap ? BitmapSpmm(stream, a, bf16)
-                                                    : TiledCslSpmm(stream, a, bf16))
-      return e;
-    if (a.slots)
-      if (cudaError_t e = Combine(stream, a, overlap)) return e;
+    // The main loop may start before its predecessor ends only if that is ours: it reads W first.
+    const bool split = sizes.flags != 0, bf16 = p.weight == Type::kBF16;
+    if (split)
+      if (cudaError_t e = ClearFlags(stream, a)) return e;
+    const auto main_loop = p.format == Format::kBitmap ? BitmapSpmm : TiledCslSpmm;
+    if (cudaError_t e = main_loop(stream, a, bf16, overlap && split)) return e;
+    if (a.keep_all)
+      if (cudaError_t e = CombineTerms(stream, a, overlap)) return e;
   }
   return cudaSuccess;
 }

@@ -1,12 +1,12 @@
 // What a product is (Problem), how it runs (Plan), and who runs it.
 //
-//   x ---> [PrepareTokens] ---> main loop ---> [Combine] ---> y
-//          only for another         |              only where K was split or x has terms
-//          dtype or ragged K        +-- a CTA's finished strips go straight to y
+//   x ---> [PrepareTokens] ---> [ClearFlags] ---> main loop ---> [Combine] ---> y
+//          only for another     only where K        |            only for x in terms
+//          dtype or ragged K    is split            +-- all other strips go straight to y
 //
-// Work is cut into strips (16 rows a warp, `warps` warps a CTA) and units (a strip over 256
-// columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous units
-// [c U / C, (c + 1) U / C): whole strips mostly, so that few sums have to be combined, and
+// Work is cut into strips (16 rows a warp of a bitmap, 64 of Tiled-CSL, `warps` warps a CTA) and
+// units (a strip over 256 columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous
+// units [c U / C, (c + 1) U / C): whole strips mostly, so that few sums have to be combined, and
 // always in order of K, so that the same input gives the same bits.
 #pragma once
 #include <cuda_runtime.h>
@@ -39,7 +39,7 @@ struct Problem {
 // Chosen by jax_flashllm/plan.py from shapes alone.
 struct Plan {
   int ctas;       // per group of tokens
-  int warps;      // per CTA, 16 rows each
+  int warps;      // per CTA
   int group;      // tokens a pass over W: 8, 16, 32 or 64
   int64_t chunk;  // tokens of x a round of launches
   void* workspace;
@@ -80,7 +80,8 @@ struct Args {
   int64_t x_stride;
   int tokens;
   Output out;
-  float* partial;        // [groups][ctas][slots][warps][group / 8][32] float4
+  float* partial;        // [groups][ctas][slots][strip's bands][group / 8][32] float4
+  uint32_t* flags;       // [ctas][warps]: this warp's partial sums of its first strip are there
   const float* unscale;  // per token of x, for terms
   int terms, tokens_a_term;
   float term_step;                             // 2^-11 for fp16 terms, 1 for bf16
@@ -90,35 +91,54 @@ struct Args {
   int shard_rows, shard_bands, bands, strips;  // bands of 16 rows
   int tiles, blocks;                           // of a band; units of a strip
   int shard_offsets;                           // offsets a shard
-  int ctas, warps, slots, groups, group;
+  int ctas, warps, warp_bands, slots, groups, group;
   int ring_bytes;  // of a warp
 };
 
 struct Sizes {
-  size_t tokens, unscale, partial;
-  size_t total() const { return tokens + unscale + partial; }
+  size_t tokens, unscale, flags, partial;
+  size_t total() const { return tokens + unscale + flags + partial; }
 };
 
 // Fills everything but pointers into x, y and the workspace, for a chunk of n tokens.
 Args MakeArgs(const Problem& p, const Plan& plan, int64_t n);
 Sizes WorkspaceSizes(const Problem& p, const Args& a);
 
-// overlap: launch what combines partial sums while the main loop drains. On
+// overlap: launch kernels before their predecessor in here ends; they wait themselves. On
 // cudaErrorInvalidValue `why` may hold the reason.
 cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool overlap,
                  const char** why);
 
 // Main loops and their helpers, one file each.
-cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16);
-cudaError_t TiledCslSpmm(cudaStream_t stream, const Args& a, bool bf16);
+cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
+cudaError_t TiledCslSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
 cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type weight, int64_t n,
                           int64_t k, int64_t k_padded, int terms, uint16_t* out, float* unscale);
-cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap);
+cudaError_t ClearFlags(cudaStream_t stream, const Args& a);
+cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap);
 cudaError_t Decode(cudaStream_t stream, const Problem& p, uint16_t* dense);
 cudaError_t Sample(cudaStream_t stream, const Problem& p, const uint16_t* dense, uint16_t* values);
 
 // Once a device, outside any capture: loads the kernels and raises their shared memory.
 // overlap: whether the loaded code knows programmatic dependent launch.
 cudaError_t InitializeBitmap(bool* overlap);
+cudaError_t InitializeTiledCsl();
+
+// A launch whose kernel waits (ptx::WaitForPrevious) for its predecessor, and so may start early.
+template <typename... Parameters>
+cudaError_t Launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, int threads,
+                   size_t shared, bool overlap, Parameters... parameters) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
+}
 
 }  // namespace flashllm::cuda

@@ -7,17 +7,22 @@ namespace flashllm::cuda {
 
 // ---- who works on what ----
 
+// CTAs start in the order of blockIdx. The one that others wait for (Flush) starts before them.
+__device__ inline int CtaIndex(const Args& a) { return a.ctas - 1 - static_cast<int>(blockIdx.x); }
+
 // First unit of CTA c.
 __host__ __device__ inline int64_t FirstUnit(const Args& a, int64_t c) {
   return c * a.units / a.ctas;
 }
+
+__host__ __device__ inline int StripBands(const Args& a) { return a.warps * a.warp_bands; }
 
 // The CTA that has unit u: the last c with FirstUnit(c) <= u.
 __host__ __device__ inline int CtaOf(const Args& a, int64_t u) {
   return static_cast<int>(((u + 1) * a.ctas - 1) / a.units);
 }
 
-// Rows of W of one warp: row0.. of y, of which `valid` exist.
+// Sixteen rows of W: row0.. of y, of which `valid` exist.
 struct Band {
   int64_t row0;
   int valid;
@@ -29,11 +34,12 @@ __device__ inline Band BandOf(const Args& a, int index) {
   return {int64_t(shard) * a.shard_rows + band * 16, min(16, a.shard_rows - band * 16)};
 }
 
-__device__ inline int64_t PartialIndex(const Args& a, int group, int cta, int slot, int warp,
+// `band` counts in its strip.
+__device__ inline int64_t PartialIndex(const Args& a, int group, int cta, int slot, int band,
                                        int n8) {
   int64_t i = int64_t(group) * a.ctas + cta;
   i = i * a.slots + slot;
-  i = i * a.warps + warp;
+  i = i * StripBands(a) + band;
   i = i * (a.group / 8) + n8;
   return i * 32;  // float4s
 }
@@ -81,22 +87,49 @@ __device__ inline void StoreFragment(const Args& a, const Band& band, int token0
   }
 }
 
-// Ends a strip: the sums go to y if this CTA has seen all of K, else to `partial`.
-template <int kN8>
-__device__ inline void Flush(const Args& a, int group, int strip, int ordinal, bool whole, int warp,
-                             int lane, float (&acc)[kN8][4]) {
-  const Band band = BandOf(a, strip * a.warps + warp);
-#pragma unroll
-  for (int n8 = 0; n8 < kN8; ++n8) {
-    const float4 c = make_float4(acc[n8][0], acc[n8][1], acc[n8][2], acc[n8][3]);
-    if (whole && !a.keep_all) {
-      StoreFragment(a, band, (group * kN8 + n8) * 8, lane, c);
-    } else {
-      const int slot = min(ordinal, a.slots - 1);
-      reinterpret_cast<float4*>(
-          a.partial)[PartialIndex(a, group, blockIdx.x, slot, warp, n8) + lane] = c;
+// Ends a segment, the part of a strip that a CTA has: from `begin` on, to its end if `ends`.
+//
+// The CTA with a strip's first block finishes it. The others start with this strip, leave their
+// sums in `partial` and raise a flag a warp. By the time the first has come to the end of its
+// range, they have long done so, and its own sums plus theirs, in order of K, go to y.
+template <int kBands, int kN8>
+__device__ inline void Flush(const Args& a, int cta, int group, int strip, int ordinal, int begin,
+                             bool ends, int warp, int lane, float (&acc)[kBands][kN8][4]) {
+  const bool publish = a.keep_all || begin != 0;
+  const int slot = a.keep_all ? min(ordinal, a.slots - 1) : 0;
+  float4* const partial = reinterpret_cast<float4*>(a.partial) + lane;
+  const int last = publish || ends ? cta : CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
+  // All of a CTA's sums are asked for before the first is added: one latency a CTA, not one a sum.
+  for (int c = cta + 1; c <= last; ++c) {
+    while (!ptx::LoadAcquire(a.flags + c * a.warps + warp)) {
     }
-    acc[n8][0] = acc[n8][1] = acc[n8][2] = acc[n8][3] = 0.0f;
+    const float4* from = partial + PartialIndex(a, group, c, 0, warp * kBands, 0);
+#pragma unroll
+    for (int b = 0; b < kBands; ++b)
+#pragma unroll
+      for (int n8 = 0; n8 < kN8; ++n8) {
+        const float4 p = __ldcg(from + (b * kN8 + n8) * 32);
+        acc[b][n8][0] += p.x, acc[b][n8][1] += p.y, acc[b][n8][2] += p.z, acc[b][n8][3] += p.w;
+      }
+  }
+  float4* const to = partial + PartialIndex(a, group, cta, slot, warp * kBands, 0);
+#pragma unroll
+  for (int b = 0; b < kBands; ++b) {
+    const Band band = BandOf(a, strip * StripBands(a) + warp * kBands + b);
+#pragma unroll
+    for (int n8 = 0; n8 < kN8; ++n8) {
+      const float4 sum = make_float4(acc[b][n8][0], acc[b][n8][1], acc[b][n8][2], acc[b][n8][3]);
+      acc[b][n8][0] = acc[b][n8][1] = acc[b][n8][2] = acc[b][n8][3] = 0.0f;
+      if (publish)
+        to[(b * kN8 + n8) * 32] = sum;
+      else
+        StoreFragment(a, band, (group * kN8 + n8) * 8, lane, sum);
+    }
+  }
+  if (publish && !a.keep_all) {
+    __threadfence();
+    __syncwarp();
+    if (lane == 0) ptx::StoreRelease(a.flags + cta * a.warps + warp, 1);
   }
 }
 

@@ -12,14 +12,17 @@ struct CslBlock {
   int chunks, tails;
 };
 
-// Block `block` of a shard. What offsets that lie (garbage) would place outside the buffers is
-// empty. Capacities are of a shard, in units of 16 bytes.
-__device__ inline CslBlock LocateBlock(const uint32_t* index, const uint32_t* offsets,
-                                       int64_t index_capacity, int64_t capacity, int64_t shard,
-                                       int64_t shard_offsets, int64_t block) {
+// The offsets before and behind a block: chunks, tail vectors, the same again.
+__device__ inline uint4 LoadOffsets(const uint32_t* o) {
+  return make_uint4(__ldg(o), __ldg(o + 1), __ldg(o + 2), __ldg(o + 3));
+}
+
+// The block between two offsets. What offsets that lie (garbage) would place outside the buffers
+// is empty. Capacities are of a shard, in units of 16 bytes.
+__device__ inline CslBlock LocateBlock(const uint32_t* index, uint4 offsets, int64_t index_capacity,
+                                       int64_t capacity, int64_t shard) {
   using namespace tiled_csl;
-  const uint32_t* o = offsets + shard * shard_offsets + block * 2;
-  const int64_t c0 = __ldg(o), t0 = __ldg(o + 1), c1 = __ldg(o + 2), t1 = __ldg(o + 3);
+  const int64_t c0 = offsets.x, t0 = offsets.y, c1 = offsets.z, t1 = offsets.w;
   const bool valid = c0 <= c1 && c1 - c0 <= kMaxChunks && t0 <= t1 && t1 - t0 <= kMaxTail &&
                      ValueStart(c1, t1) <= capacity * 8 && IndexStart(c1, t1) <= index_capacity * 4;
   if (!valid) return {index, 0, 0, 0};

@@ -57,44 +57,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Sums of a fragment over the CTAs that share its strip, in order of K.
-__global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Args a) {
-  const int lane = threadIdx.x % 32, octets = a.group / 8;
-  int64_t index = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  // All threads wait: a grid that ended before its predecessor would set the next one free.
-  ptx::WaitForPrevious();
-  const int n8 = static_cast<int>(index % octets);
-  index /= octets;
-  const int warp = static_cast<int>(index % a.warps);
-  index /= a.warps;
-  const int strip = static_cast<int>(index % a.strips), group = static_cast<int>(index / a.strips);
-  if (group >= a.groups) return;
-  const int first = CtaOf(a, int64_t(strip) * a.blocks);
-  const int last = CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
-  if (first == last) return;  // written by its only CTA
-  const float4* partial = reinterpret_cast<const float4*>(a.partial);
-  float4 sum = make_float4(0, 0, 0, 0);
-  for (int c = first; c <= last; ++c) {
-    const int ordinal = strip - static_cast<int>(FirstUnit(a, c) / a.blocks);
-    const float4 p = partial[PartialIndex(a, group, c, min(ordinal, a.slots - 1), warp, n8) + lane];
-    sum.x += p.x;
-    sum.y += p.y;
-    sum.z += p.z;
-    sum.w += p.w;
-  }
-  const int token0 = (group * octets + n8) * 8;
-  StoreFragment(a, BandOf(a, strip * a.warps + warp), token0, lane, sum);
+__global__ void __launch_bounds__(kThreads) ClearFlagsKernel(uint32_t* flags, int count) {
+  ptx::LaunchDependents();
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < count) flags[i] = 0;
 }
 
-// The same for tokens in terms: one thread an element of y.
+// Sums of tokens in terms over the CTAs that share a strip, in order of K: one thread an element
+// of y.
 __global__ void __launch_bounds__(kThreads) CombineTermsKernel(const __grid_constant__ Args a) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  // All threads wait: a grid that ended before its predecessor would set the next one free.
   ptx::WaitForPrevious();
-  const int64_t padded_rows = int64_t(a.strips) * a.warps * 16;
+  const int strip_rows = StripBands(a) * 16;
+  const int64_t padded_rows = int64_t(a.strips) * strip_rows;
   const int64_t token = index / padded_rows;
   if (token >= a.tokens_a_term) return;
   const int row = static_cast<int>(index % padded_rows);
-  const int strip = row / (a.warps * 16), warp = row / 16 % a.warps;
+  const int strip = row / strip_rows, strip_band = row % strip_rows / 16;
   const Band band = BandOf(a, row / 16);
   if (row % 16 >= band.valid) return;
   const int first = CtaOf(a, int64_t(strip) * a.blocks);
@@ -108,7 +88,8 @@ __global__ void __launch_bounds__(kThreads) CombineTermsKernel(const __grid_cons
     float sum = 0.0f;
     for (int c = first; c <= last; ++c) {
       const int ordinal = strip - static_cast<int>(FirstUnit(a, c) / a.blocks);
-      const int64_t at = PartialIndex(a, group, c, min(ordinal, a.slots - 1), warp, n8) + at_lane;
+      const int64_t at =
+          PartialIndex(a, group, c, min(ordinal, a.slots - 1), strip_band, n8) + at_lane;
       sum += a.partial[at * 4 + reg];
     }
     // Inf in W meets the zeros of the smaller terms: what term 0 says then stands.
@@ -131,20 +112,17 @@ cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type w
   return cudaGetLastError();
 }
 
-cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap) {
-  const int64_t threads = a.terms > 1 ? int64_t(a.tokens_a_term) * a.strips * a.warps * 16
-                                      : int64_t(a.groups) * a.strips * a.warps * (a.group / 8) * 32;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(CeilDiv(threads, kThreads)));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  // Starts while the main loop drains; it waits for it before it reads.
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, a.terms > 1 ? CombineTermsKernel : CombineKernel, a);
+cudaError_t ClearFlags(cudaStream_t stream, const Args& a) {
+  const int count = a.ctas * a.warps;
+  ClearFlagsKernel<<<static_cast<unsigned>(CeilDiv(count, kThreads)), kThreads, 0, stream>>>(
+      a.flags, count);
+  return cudaGetLastError();
+}
+
+cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap) {
+  const int64_t threads = int64_t(a.tokens_a_term) * a.strips * StripBands(a) * 16;
+  const dim3 grid(static_cast<unsigned>(CeilDiv(threads, kThreads)));
+  return Launch(stream, CombineTermsKernel, grid, kThreads, 0, overlap, a);
 }
 
 }  // namespace flashllm::cuda
