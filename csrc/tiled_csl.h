@@ -21,7 +21,7 @@
 // longer go to the block's tail, as a value and a position 64 * row + list. Tails are filled up
 // to vectors of 8 by position 0. Dead entries (fillers and padding) hold +0.
 //
-//   chunk   values  half [32 banks][4 entries][2 lists]   codes uint32 [32 banks]: byte i has
+//   chunk   values  half [2 lists][32 banks][4 entries]   codes uint32 [32 banks]: byte i has
 //                                                         entry i, list 2 b in its low nibble
 //   vector  values  half [8]                              positions uint16 [8]
 //

@@ -27,7 +27,7 @@ class Device:
 
     cores: int  # streaming multiprocessors
     warps: int  # warps a CTA whose rings fit into shared memory: a bitmap's
-    csl_warps: int = 8  # and Tiled-CSL's, with a dense block each
+    csl_teams: int = 8  # and Tiled-CSL's teams of two, with a dense block each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Plan:
     """Attributes of the custom call, and the bytes of its workspace."""
 
     ctas: int  # CTAs a group of tokens
-    warps: int  # warps a CTA, each with 16 rows of W in a bitmap, 64 in Tiled-CSL
+    warps: int  # a CTA's warps of 16 rows of W each; in Tiled-CSL its teams of two, 64 rows each
     group: int  # tokens a pass over W
     chunk: int  # tokens a round of launches
     workspace: int
@@ -54,10 +54,10 @@ def device() -> Device:
     capability = str(getattr(gpu, "compute_capability", "9.0"))
     cores = int(getattr(gpu, "core_count", 0)) or _DEFAULT_CORES
     if capability in ("9.0", "10.0", "10.3"):  # 227 KB of shared memory
-        return Device(cores, warps=16, csl_warps=8)
+        return Device(cores, warps=16, csl_teams=8)
     if capability == "8.0":  # 163 KB
-        return Device(cores, warps=16, csl_warps=7)
-    return Device(cores, warps=8, csl_warps=4)  # 99 KB on 8.6, 8.9 and 12.x
+        return Device(cores, warps=16, csl_teams=5)
+    return Device(cores, warps=8, csl_teams=2)  # 99 KB on 8.6, 8.9 and 12.x
 
 
 def terms(weight_dtype, token_dtype) -> int:
@@ -85,7 +85,7 @@ def choose(
     if format == "tiled_csl":
         # A unit takes about 8 + warps: the more warps, the less of its latency shows.
         warps = min(
-            range(dev.csl_warps, 0, -1),
+            range(dev.csl_teams, 0, -1),
             key=lambda w: _ceil(_ceil(bands, w) * blocks, dev.cores) * (8 + w),
         )
     else:
@@ -107,7 +107,7 @@ def choose(
     if n_terms > 1:
         workspace += _align(chunk * 4)
     elif slots:
-        workspace += _align(ctas * warps * 4)
+        workspace += _align(ctas * warps * (2 if format == "tiled_csl" else 1) * 4)
     if n_terms > 1 or k % 64:
         workspace += _align(total * _ceil(k, 64) * 64 * 2)
     return Plan(ctas, warps, group, chunk, workspace)

@@ -237,7 +237,7 @@ def test_the_bytes_of_a_small_tiled_csl():
     assert (values.size, index.size) == (2 * 256 + 64, 2 * 32 + 32)
     for i, bank, number in np.ndindex(8, 32, 2):
         chunk, entry, row = i // 4, i % 4, rows[2 * bank + number, i]
-        value = values[chunk * 256 + bank * 8 + entry * 2 + number]
+        value = values[chunk * 256 + number * 128 + bank * 4 + entry]
         assert value == (row * 64 + 2 * bank + number if row else 0)
         code = index[chunk * 32 + bank] >> (8 * entry + 4 * number) & 15
         assert code == codes[2 * bank + number, i]

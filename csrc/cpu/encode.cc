@@ -251,7 +251,7 @@ struct Lists {
         kept[l] = slots[row + l] < entries ? slots[row + l] + 1 : kept[l];
     uint16_t first[kLists];  // where a list starts
     for (int l = 0; l < kLists; ++l) {
-      first[l] = static_cast<uint16_t>(l / 2 * (2 * kChunkEntries) + l % 2);
+      first[l] = static_cast<uint16_t>(l % 2 * (kChunkValues / 2) + l / 2 * kChunkEntries);
       padding[l] = static_cast<uint8_t>(entries - kept[l]);
       for (int i = 0; i < padding[l]; ++i) codes_out[first[l] + Behind(i)] = 0;
     }
@@ -278,8 +278,10 @@ struct Lists {
       }
     }
     uint8_t* bytes = reinterpret_cast<uint8_t*>(index);
-    for (size_t i = 0; i < chunk_values / 2; ++i)
-      bytes[i] = codes_out[2 * i] | codes_out[2 * i + 1] << 4;
+    constexpr int kHalf = kChunkValues / 2;
+    for (int chunk = 0; chunk < cut.chunks; ++chunk)
+      for (int i = chunk * kHalf; i < (chunk + 1) * kHalf; ++i)
+        bytes[i] = codes_out[chunk * kHalf + i] | codes_out[chunk * kHalf + i + kHalf] << 4;
     // The tail goes round the banks, so that the stores of a warp rarely meet.
     uint16_t* value = values + chunk_values;
     uint16_t* position = reinterpret_cast<uint16_t*>(bytes + chunk_values / 2);
@@ -298,8 +300,7 @@ struct Lists {
   static uint16_t Behind(uint16_t entry) {
     using namespace tiled_csl;
     const uint16_t in_chunk = entry % kChunkEntries;
-    return static_cast<uint16_t>((entry - in_chunk) * (kChunkValues / kChunkEntries) +
-                                 in_chunk * 2);
+    return static_cast<uint16_t>((entry - in_chunk) * (kChunkValues / kChunkEntries) + in_chunk);
   }
 
   // Bit l is flags[l], 0 or 1.

@@ -222,8 +222,8 @@ struct TiledCslWeight : Weight {
     uint8_t rows[kLists] = {}, codes[kLists] = {};  // of the entry before
     const uint32_t* words = b.index;
     int64_t at = b.value;
-    for (int chunk = 0; chunk < b.chunks; ++chunk)
-      for (int bank = 0; bank < kLists / 2; ++bank, ++words, at += 2 * kChunkEntries)
+    for (int chunk = 0; chunk < b.chunks; ++chunk, at += kChunkValues)
+      for (int bank = 0; bank < kLists / 2; ++bank, ++words)
         for (int list = 0; list < 2; ++list) {
           unsigned row = rows[2 * bank + list], before = codes[2 * bank + list];
 #pragma GCC unroll 4
@@ -231,7 +231,9 @@ struct TiledCslWeight : Weight {
             const unsigned code = *words >> (8 * i + 4 * list) & 15;
             const bool live = code ? code != kFiller : before == kFiller;
             if ((row += code) > tiled_csl::kRows) return Status::kOutOfRange;
-            if (live) f(row - 1, 2u * bank + list, at + 2 * i + list);
+            if (live)
+              f(row - 1, 2u * bank + list,
+                at + list * (kChunkValues / 2) + bank * kChunkEntries + i);
             before = code;
           }
           rows[2 * bank + list] = static_cast<uint8_t>(row);

@@ -25,6 +25,12 @@ __device__ __forceinline__ uint32_t LoadShared32(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ uint2 LoadShared64(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+
 __device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -40,6 +46,16 @@ __device__ __forceinline__ void StoreShared16(uint32_t address, uint32_t v) {
 
 __device__ __forceinline__ void StoreShared32(uint32_t address, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v));
+}
+
+__device__ __forceinline__ uint32_t LoadSharedAcquire(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void StoreSharedRelease(uint32_t address, uint32_t v) {
+  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
 __device__ __forceinline__ void ZeroShared128(uint32_t address) {
@@ -102,6 +118,10 @@ __device__ __forceinline__ void FenceBarrierInit() {
 #endif
 }
 
+__device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(barrier) : "memory");
+}
+
 // One 16-byte copy of this thread.
 __device__ __forceinline__ void CopyAsync16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
@@ -154,6 +174,11 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
   }
 }
 
+// All `threads` threads of the CTA that name this barrier. 0 is __syncthreads.
+__device__ __forceinline__ void NamedBarrier(int name, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
 // ---- programmatic dependent launch: no-ops before Hopper ----
 
 __device__ __forceinline__ void LaunchDependents() {
@@ -169,6 +194,21 @@ __device__ __forceinline__ void WaitForPrevious() {
 }
 
 // ---- warp ----
+
+// From the kernel's own number of registers a thread down, and up: every warp of a warpgroup.
+template <int kRegisters>
+__device__ __forceinline__ void LowerRegisters() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void RaiseRegisters() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
 
 // value += the value `distance` lanes below, where there is one: a step of an inclusive scan.
 __device__ __forceinline__ void ScanStep(uint32_t& value, int distance) {

@@ -31,6 +31,7 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
   a.shard_rows = static_cast<int>(p.rows);
   if (p.format == Format::kBitmap) {
     const bitmap::Dims d(p.rows, p.k);
+    a.warps = plan.warps;
     a.warp_bands = 1;
     a.shard_bands = static_cast<int>(d.bands);
     a.tiles = static_cast<int>(d.tiles);
@@ -38,15 +39,15 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
     a.shard_offsets = static_cast<int>(d.offsets());
   } else {
     const tiled_csl::Dims d(p.rows, p.k);
-    a.warp_bands = tiled_csl::kBlockRows / 16;
-    a.shard_bands = static_cast<int>(d.bands) * a.warp_bands;
+    a.warps = 2 * plan.warps;  // teams of two
+    a.warp_bands = tiled_csl::kBlockRows / 32;
+    a.shard_bands = static_cast<int>(d.bands) * 2 * a.warp_bands;
     a.tiles = static_cast<int>(CeilDiv(p.k, 64));
     a.blocks = static_cast<int>(d.blocks);
     a.shard_offsets = static_cast<int>(d.offsets());
   }
   a.bands = static_cast<int>(p.shards) * a.shard_bands;
-  a.warps = plan.warps;
-  a.strips = static_cast<int>(CeilDiv(a.bands, plan.warps * a.warp_bands));
+  a.strips = static_cast<int>(CeilDiv(a.bands, a.warps * a.warp_bands));
   a.units = int64_t(a.strips) * a.blocks;
   a.ctas = plan.ctas;
   a.group = plan.group;

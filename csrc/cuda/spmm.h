@@ -4,8 +4,7 @@
 //          only for another     only where K        |            only for x in terms
 //          dtype or ragged K    is split            +-- all other strips go straight to y
 //
-// Work is cut into strips (16 rows a warp of a bitmap, 64 of Tiled-CSL, `warps` warps a CTA) and
-// units (a strip over 256 columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous
+// Work is cut into strips (16 rows a warp of a bitmap, 64 a team of two of Tiled-CSL) and units (a strip over 256 columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous
 // units [c U / C, (c + 1) U / C): whole strips mostly, so that few sums have to be combined, and
 // always in order of K, so that the same input gives the same bits.
 #pragma once
@@ -39,7 +38,7 @@ struct Problem {
 // Chosen by jax_flashllm/plan.py from shapes alone.
 struct Plan {
   int ctas;       // per group of tokens
-  int warps;      // per CTA
+  int warps;      // per CTA; of Tiled-CSL teams of two
   int group;      // tokens a pass over W: 8, 16, 32 or 64
   int64_t chunk;  // tokens of x a round of launches
   void* workspace;

@@ -57,12 +57,11 @@ __device__ inline float LoadFloat(const void* p, Type type, int64_t i) {
   }
 }
 
-// act(sum + bias), rounded to y's type.
-__device__ inline void Store(const Output& out, int64_t token, int64_t row, float sum) {
-  if (out.bias) sum += LoadFloat(out.bias, out.bias_type, row);
+// act(sum + bias of its row), rounded to y's type. i: row + token * rows.
+__device__ inline void Store(const Output& out, int64_t i, float bias, float sum) {
+  if (out.bias) sum += bias;
   if (out.activation == 1) sum = sum < 0.0f ? 0.0f : sum;  // keeps NaN
   if (out.activation == 2) sum = 0.5f * sum * erfcf(-0.70710678118654752f * sum);
-  const int64_t i = token * out.rows + row;
   switch (out.type) {
     case Type::kF16:
       static_cast<__half*>(out.y)[i] = __float2half_rn(sum);
@@ -75,15 +74,22 @@ __device__ inline void Store(const Output& out, int64_t token, int64_t row, floa
   }
 }
 
+__device__ inline float LoadBias(const Output& out, int64_t row) {
+  return out.bias ? LoadFloat(out.bias, out.bias_type, row) : 0.0f;
+}
+
 // The 16 x 8 sums of one warp, as mma leaves them: rows g, g + 8, tokens 2 t, 2 t + 1.
 __device__ inline void StoreFragment(const Args& a, const Band& band, int token0, int lane,
                                      float4 c) {
-  const int g = lane >> 2, t = lane & 3;
+  const int g = lane >> 2, token = token0 + (lane & 3) * 2;
   const float sums[4] = {c.x, c.y, c.z, c.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = g + (i >> 1) * 8, token = token0 + 2 * t + (i & 1);
-    if (row < band.valid && token < a.tokens) Store(a.out, token, band.row0 + row, sums[i]);
+  for (int upper = 0; upper < 2; ++upper) {
+    if (g + upper * 8 >= band.valid) break;
+    const int64_t row = band.row0 + g + upper * 8, i = token * a.out.rows + row;
+    const float bias = LoadBias(a.out, row);
+    if (token < a.tokens) Store(a.out, i, bias, sums[upper * 2]);
+    if (token + 1 < a.tokens) Store(a.out, i + a.out.rows, bias, sums[upper * 2 + 1]);
   }
 }
 
@@ -127,8 +133,7 @@ __device__ inline void Flush(const Args& a, int cta, int group, int strip, int o
     }
   }
   if (publish && !a.keep_all) {
-    __threadfence();
-    __syncwarp();
+    __syncwarp();  // the release is cumulative: it covers what the other lanes have stored
     if (lane == 0) ptx::StoreRelease(a.flags + cta * a.warps + warp, 1);
   }
 }

@@ -47,7 +47,7 @@ __device__ inline void ForEachWeight(const CslBlock& b, F f) {
       row = min(row + code, kRows);  // garbage must stay in the scratch
       if (code != kFiller && (code > 0 || before == kFiller))
         f(row * kLists + list,
-          ((chunk * kChunkWords + list / 2) * kChunkEntries + e) * 2 + (list & 1));
+          chunk * kChunkValues + (list & 1) * (kChunkValues / 2) + list / 2 * kChunkEntries + e);
       before = code;
     }
   }

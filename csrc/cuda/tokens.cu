@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kThreads) CombineTermsKernel(const __grid_cons
       total += sum * weight;
     }
   }
-  Store(a.out, token, band.row0 + row % 16, total * unscale);
+  const int64_t y_row = band.row0 + row % 16;
+  Store(a.out, token * a.out.rows + y_row, LoadBias(a.out, y_row), total * unscale);
 }
 
 }  // namespace

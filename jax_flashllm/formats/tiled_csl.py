@@ -10,7 +10,7 @@ entry before. What is longer than 4 C entries goes to the block's tail.
     code 0       behind a filler: a weight right there; at a list's start: padding, in the bin
 
     block    | chunk 0 | ... | chunk C - 1 | tail: vectors of 8 |
-    values   half    [32 banks, 4 entries, 2 lists] a chunk, [8] a tail vector
+    values   half    [2 lists, 32 banks, 4 entries] a chunk, [8] a tail vector
     index    4 bits  [32 banks, 4 entries, 2 lists] a chunk, 16 bits [8] = 64 row + list
 
 values   half   [S, capacity]               block after block
@@ -129,7 +129,7 @@ class TiledCSL(SparseWeight):
         place = np.where(live, self._rows(s, codes) * np.int32(LISTS) + np.arange(LISTS), 0)
         is_chunk = _alternate(32 * chunks, tails)  # of each vector of 8 values
         position = np.empty((is_chunk.size, VECTOR), np.int32)
-        place = place.reshape(-1, 4, LISTS // 2, 2).swapaxes(1, 2)
+        place = place.reshape(-1, 4, LISTS // 2, 2).transpose(0, 3, 2, 1)
         position[is_chunk] = place.reshape(-1, VECTOR)
         position[~is_chunk] = tail
         block = np.repeat(np.arange(chunks.size), CHUNK * chunks + VECTOR * tails)
