@@ -44,7 +44,9 @@ class SparseDense(linen.Module):
         `promote_dtype`, since the kernel's product has no other forms.
 
     To use weights that exist, skip `init` and pass `variables_from_dense` or
-    `variables_from_encoded` to `apply`.
+    `variables_from_encoded` to `apply`, with use_bias=False where they have none. The variables
+    hold K and M rounded up to the format's tiles (64 columns and 16 rows of a bitmap): inputs or
+    features that differ from them by less are not noticed.
     """
 
     features: int

@@ -327,7 +327,8 @@ def test_filter_by_path_and_by_layer():
     class Special(nnx.Linear):
         """A layer that does something more than its base class."""
 
-    assert type(sparsify(Special(4, 4, rngs=nnx.Rngs(0)), 0.5)) is Special
+    with pytest.warns(UserWarning, match="nothing became sparse"):
+        assert type(sparsify(Special(4, 4, rngs=nnx.Rngs(0)), 0.5)) is Special
 
 
 @pytest.mark.parametrize("form", ["dotted", "tuples", "state", "pure", "nested"])
@@ -364,6 +365,10 @@ def test_sparsify_refuses():
     assert e.value.__notes__ == ["sparsify: at blocks.0.up"]
     with pytest.raises(ValueError, match="from 0 to 1, got 70"):
         sparsify(model, 70)
+    with pytest.raises(ValueError, match=r"is sparse already, 50%, .* again to 90%"):
+        sparsify(sparsify(model, 0.5), 0.9)
+    with pytest.warns(UserWarning, match="LayerNorm has no nnx.Linear layer, so nothing became"):
+        sparsify(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), 0.5)
 
 
 def test_what_is_pruned_already_is_only_encoded():

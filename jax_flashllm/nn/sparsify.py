@@ -1,5 +1,6 @@
 """`sparsify`: a copy of an NNX model with its nnx.Linear layers made sparse."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -40,15 +41,30 @@ def sparsify(
     Layers and Variables used in several places stay shared. Arrays that do not change are the
     same buffers as `model`'s: donate or delete the old model with that in mind.
 
-    Raises ValueError for masks that name no layer, and as `SparseDense.from_dense`.
+    Only nnx.Linear itself is replaced: nnx.LinearGeneral and nnx.Einsum, and so the projections
+    of nnx.MultiHeadAttention, stay dense. A model without any nnx.Linear gets a UserWarning.
+
+    Raises ValueError for masks that name no layer, for layers that are SparseDense already and
+    less sparse than asked, and as `SparseDense.from_dense`.
     """
+    if sparsity is not None and not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsify: sparsity must be from 0 to 1, got {sparsity}")
     by_path = None
     if masks is not None:
         by_path = {p[:-1] if p[-1:] == ("kernel",) else p: m for p, m in flatten(masks).items()}
     known: set[Path] = set()
+    sparse_already: list[Path] = []
     kernels: dict[int, SparseDense] = {}
 
-    def convert(path: Path, linear: nnx.Linear) -> nnx.Module:
+    def convert(path: Path, linear: nnx.Linear | SparseDense) -> nnx.Module:
+        if isinstance(linear, SparseDense):
+            sparse_already.append(path)
+            if sparsity is not None and linear.weight.sparsity < sparsity - 1 / linear.in_features:
+                raise ValueError(
+                    f"sparsify: {dotted(path)} is sparse already, {linear.weight.sparsity:.0%}, "
+                    f"and is not pruned again to {sparsity:.0%}; start from the dense model"
+                )
+            return linear
         known.add(path)
         mask = None if by_path is None else by_path.get(path)
         if (by_path is not None and mask is None) or (filter and not filter(path, linear)):
@@ -69,7 +85,12 @@ def sparsify(
         twin = kernels.setdefault(id(linear.kernel), layer)
         return layer if twin is layer else layer.share(twin)
 
-    result = replace(model, [nnx.Linear], convert)
+    result = replace(model, [nnx.Linear, SparseDense], convert)
+    if not known and not sparse_already:
+        warnings.warn(
+            f"sparsify: {type(model).__name__} has no nnx.Linear layer, so nothing became sparse",
+            stacklevel=2,
+        )
     state = nnx.to_flat_state(nnx.state(model, graph=True))
     variables = {p[:-1] if p[-1] == "kernel" else p for p, _ in state}
     unknown = [p for p in by_path or () if p not in known and p not in variables]

@@ -43,14 +43,14 @@ def encode_kernel(
     Raises ValueError for a sparsity outside 0..1, both or misshapen masks, other ranks.
     """
     if sparsity is not None and mask is not None:
-        raise ValueError("encode_kernel: got both sparsity and mask; pass one of them")
+        raise ValueError("SparseDense: got both sparsity and mask; pass one of them")
     if sparsity is not None and not 0 <= sparsity <= 1:
-        raise ValueError(f"encode_kernel: sparsity must be from 0 to 1, got {sparsity}")
+        raise ValueError(f"SparseDense: sparsity must be from 0 to 1, got {sparsity}")
     if kernel.ndim not in (2, 3):
-        raise ValueError(f"encode_kernel: kernel is {list(kernel.shape)}, expected [K, M]")
+        raise ValueError(f"SparseDense: kernel is {list(kernel.shape)}, expected [K, M]")
     if mask is not None and (mask.shape != kernel.shape or mask.dtype != bool):
         raise ValueError(
-            f"encode_kernel: mask is {mask.dtype}{list(mask.shape)}, expected "
+            f"SparseDense: mask is {mask.dtype}{list(mask.shape)}, expected "
             f"bool{list(kernel.shape)}, the kernel's shape"
         )
     if isinstance(kernel, jax.core.Tracer):
