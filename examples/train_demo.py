@@ -11,6 +11,8 @@ warms up, stays, and falls linearly to zero over the last two fifths.
     python examples/train_demo.py --text books.txt.xz --eval-text tests/testdata/alice29.txt \\
         --out /tmp/demo --minutes 9
 
+Needs optax and safetensors, which `pip install '.[test]'` brings.
+
 The text holds documents with <|endoftext|> between them; the whole of it lives on the GPU as
 uint16 tokens, and a jitted scan draws its windows there. Writes under --out:
 
