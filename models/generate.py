@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
+from jax_flashllm.models.mesh import Layout
 from jax_flashllm.models.opt import OPT
 from jax_flashllm.models.sampling import Sampling, row_uniforms, sample
 
@@ -70,6 +72,8 @@ def generate(
     bucket = _bucket(T, least=16)
     left = ((0, 0), (bucket - T, 0))
     ids, mask = np.pad(ids, left, constant_values=pad), np.pad(mask, left)
+    if model.layout is not None:
+        model.layout.check_rows(B, "generate")
     slots = _bucket(bucket + max_new_tokens - 1, least=64, steps=4)
     programs, weights = _programs_of(model, cache_dtype)
     draws = [None] * max_new_tokens
@@ -101,8 +105,15 @@ def generate(
 class _Programs:
     """A model's two programs. Weights are a flat list of arrays, which dispatches fastest."""
 
-    def __init__(self, graphdef: Any, treedef: Any, config: OPTConfig, cache_dtype: Any):
-        self.config, self.cache_dtype = config, cache_dtype
+    def __init__(
+        self,
+        graphdef: Any,
+        treedef: Any,
+        config: OPTConfig,
+        cache_dtype: Any,
+        layout: Layout | None,
+    ):
+        self.config, self.cache_dtype, self.layout = config, cache_dtype, layout
         self._compiled: set[tuple] = set()
 
         def step(weights, ids, mask, cache, sampling, uniform):
@@ -110,7 +121,10 @@ class _Programs:
             logits, cache = model(ids, mask, cache, last_only=True)
             logits = logits[:, 0]
             damaged = jnp.isnan(logits).any(axis=1)
-            return cache, jnp.where(damaged, NAN_LOGITS, sample(logits, sampling, uniform))
+            token = jnp.where(damaged, NAN_LOGITS, sample(logits, sampling, uniform))
+            if layout is not None:  # every process reads every row
+                token = lax.with_sharding_constraint(token, layout.sharding())
+            return cache, token
 
         @functools.partial(jax.jit, static_argnames="slots")
         def prefill(weights, ids, mask, sampling, uniform, slots):
@@ -140,6 +154,8 @@ class _Programs:
             create = functools.partial(KVCache.create, self.config, len(ids), slots)
             cache = jax.eval_shape(lambda: create(self.cache_dtype))
             token = jax.ShapeDtypeStruct((len(ids),), jnp.int32)
+            if self.layout is not None:
+                cache, token = self.layout.placed(cache), self.layout.placed(token)
             self.decode.lower(weights, cache, token, sampling, uniform).compile()
 
         return thread.submit(compile_decode)
@@ -153,7 +169,7 @@ def _programs_of(model: OPT, cache_dtype: Any) -> tuple[_Programs, list[jax.Arra
     dtype = _check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
     graphdef, state = nnx.split(model)
     weights, treedef = jax.tree.flatten(state)
-    return _programs(graphdef, treedef, model.config, dtype), weights
+    return _programs(graphdef, treedef, model.config, dtype, model.layout), weights
 
 
 class _Output:

@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
+from jax_flashllm.models.mesh import Layout
+from jax_flashllm.spmm import spmm
 
 # The position table starts with two rows that real tokens never use; left pads read row 1.
 POSITION_OFFSET = 2
@@ -68,22 +71,34 @@ class Initializer:
         )
 
 
-def apply(layer, x: jax.Array, activation: str | None = None) -> jax.Array:
+def apply(
+    layer, x: jax.Array, activation: str | None = None, layout: Layout | None = None
+) -> jax.Array:
     """activation(layer(x)); a sparse layer does bias and activation in its kernel's epilogue.
 
     layer: nnx.Linear or jax_flashllm.nn.SparseDense.   x: [..., K].   Returns [..., M].
+    layout: of a layer whose K is split over a mesh, products are summed before the bias.
     """
+    add_up = layout.sum if layout is not None and layout.parts > 1 else None
     if not isinstance(layer, nnx.Linear):
-        return layer(x, activation=activation)
+        if add_up is None:
+            return layer(x, activation=activation)
+        return _add(add_up(spmm(layer.weight, x)), layer.bias)
     kernel = layer.kernel[...]
     if _is_narrow(kernel, x) and kernel.size > WIDEN_AT_ONCE:
         y = _widen_by_input(x, kernel)
-        y = y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
+        y = _add(y if add_up is None else add_up(y), layer.bias)
+    elif add_up is not None:
+        y = _add(add_up(x @ kernel.astype(x.dtype)), layer.bias)
     else:
         y = layer(x)
     if activation == "relu":
         return jax.nn.relu(y)
     return jax.nn.gelu(y, approximate=False) if activation == "gelu" else y
+
+
+def _add(y: jax.Array, bias: nnx.Variable | None) -> jax.Array:
+    return y if bias is None else y + bias[...].astype(y.dtype)
 
 
 def _is_narrow(kernel: jax.Array, x: jax.Array) -> bool:
@@ -133,9 +148,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 class Attention(nnx.Module):
     """Causal self-attention; q, k and v come from one [3H, H] product."""
 
-    def __init__(self, config: OPTConfig, make: Maker, name: str):
+    def __init__(self, config: OPTConfig, make: Maker, name: str, layout: Layout | None = None):
         H, bias = config.hidden_size, config.enable_bias
-        self.num_heads = config.num_attention_heads
+        self.layout = layout
+        self.num_heads = config.num_attention_heads // (layout.parts if layout else 1)
         self.qkv_proj = make.linear([f"{name}.{x}_proj" for x in "qkv"], H, 3 * H, bias)
         self.out_proj = make.linear([f"{name}.out_proj"], H, H, bias)
 
@@ -152,7 +168,7 @@ class Attention(nnx.Module):
         `implementation` counts where there is no cache.
         Returns [B, T, H] and, with a cache, the layer's keys and values after this.
         """
-        B, T, H = x.shape
+        B, T, _ = x.shape
         qkv = apply(self.qkv_proj, x).reshape(B, T, 3, self.num_heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, h, d]
         q = q * q.shape[-1] ** -0.5  # after the bias, as OPT was trained
@@ -161,7 +177,7 @@ class Attention(nnx.Module):
             y = jax.nn.dot_product_attention(
                 q, k, v, mask=mask, scale=1.0, is_causal=mask is None, implementation=implementation
             )
-            return apply(self.out_proj, y.reshape(B, T, H)), None
+            return apply(self.out_proj, y.reshape(B, T, -1), layout=self.layout), None
         # [B, T, h, d] -> [B * h, T, d]
         q, k, v = (a.swapaxes(1, 2).reshape(B * self.num_heads, T, -1) for a in (q, k, v))
         kv = None
@@ -170,17 +186,18 @@ class Attention(nnx.Module):
         if mask is None:
             mask = jnp.tril(jnp.ones((1, T, T), bool))
         y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
-        y = y.reshape(B, self.num_heads, T, -1).swapaxes(1, 2).reshape(B, T, H)
-        return apply(self.out_proj, y), kv
+        y = y.reshape(B, self.num_heads, T, -1).swapaxes(1, 2).reshape(B, T, -1)
+        return apply(self.out_proj, y, layout=self.layout), kv
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: OPTConfig, make: Maker, name: str):
+    def __init__(self, config: OPTConfig, make: Maker, name: str, layout: Layout | None = None):
         H, F, bias = config.hidden_size, config.ffn_dim, config.enable_bias
+        self.layout = layout
         self.pre_norm = config.do_layer_norm_before
         self.activation = config.activation_function
         self.self_attn_layer_norm = make.norm(f"{name}.self_attn_layer_norm", H)
-        self.self_attn = Attention(config, make, f"{name}.self_attn")
+        self.self_attn = Attention(config, make, f"{name}.self_attn", layout)
         self.final_layer_norm = make.norm(f"{name}.final_layer_norm", H)
         self.fc1 = make.linear([f"{name}.fc1"], H, F, bias)
         self.fc2 = make.linear([f"{name}.fc2"], F, H, bias)
@@ -191,7 +208,8 @@ class DecoderLayer(nnx.Module):
         x = x + y
         x = x if self.pre_norm else self.self_attn_layer_norm(x)
         y = self.final_layer_norm(x) if self.pre_norm else x
-        x = x + apply(self.fc2, apply(self.fc1, y, self.activation))
+        y = apply(self.fc1, y, self.activation)
+        x = x + apply(self.fc2, y, layout=self.layout)
         return x if self.pre_norm else self.final_layer_norm(x), kv
 
 
@@ -203,6 +221,7 @@ class OPT(nnx.Module):
     attention_implementation: None, or "xla" or "cudnn" for `jax.nn.dot_product_attention`;
       "cudnn" needs a CUDA GPU and a 16-bit dtype.
     make: makes the parts instead of drawing them from `rngs` (`load` passes one).
+    layout: how they are split over a mesh; only `load` makes such parts.
     """
 
     def __init__(
@@ -214,12 +233,14 @@ class OPT(nnx.Module):
         param_dtype: Any = jnp.float32,
         attention_implementation: Implementation = None,
         make: Maker | None = None,
+        layout: Layout | None = None,
     ):
         if make is None:
             if rngs is None:
                 raise ValueError("OPT: pass rngs=nnx.Rngs(seed) to draw initial parameters from.")
             make = Initializer(config, rngs, dtype, param_dtype)
         self.config = config
+        self.layout = layout
         self.dtype = jnp.dtype(dtype)
         self.attention_implementation = attention_implementation
         H, E, V = config.hidden_size, config.embed_dim, config.vocab_size
@@ -231,7 +252,10 @@ class OPT(nnx.Module):
             self.project_in = make.linear(["project_in"], E, H, False)
             self.project_out = make.linear(["project_out"], H, E, False)
         self.layers = nnx.List(
-            [DecoderLayer(config, make, f"layers.{i}") for i in range(config.num_hidden_layers)]
+            [
+                DecoderLayer(config, make, f"layers.{i}", layout)
+                for i in range(config.num_hidden_layers)
+            ]
         )
         self.final_layer_norm = nnx.data(None)
         if config.has_final_layer_norm:
@@ -255,7 +279,14 @@ class OPT(nnx.Module):
         Returns float32 [B, T, V], and the cache with the new tokens in it if one was passed. Rows
         at pads mean nothing. Raises ValueError where shapes disagree.
         """
-        B, T = self._check(input_ids, attention_mask, cache)
+        self._check(input_ids, attention_mask, cache)
+        if self.layout is not None:
+            return self.layout.forward(self, input_ids, attention_mask, cache, last_only)
+        return self._forward(input_ids, attention_mask, cache, last_only)
+
+    def _forward(self, input_ids, attention_mask, cache, last_only):
+        """`__call__` on one device, or on one device's part of everything."""
+        B, T = input_ids.shape
         if cache is not None:
             new = jnp.ones((B, T), bool) if attention_mask is None else attention_mask != 0
             valid, positions, mask = cache.mark(new)
@@ -278,6 +309,8 @@ class OPT(nnx.Module):
         if self.project_out is not None:
             x = apply(self.project_out, x)
         logits = self._head(x)
+        if self.layout is not None:
+            logits = self.layout.gather(logits)
         if cache is None:
             return logits
         keys, values = zip(*written, strict=True) if written else ((), ())
@@ -285,14 +318,16 @@ class OPT(nnx.Module):
 
     def embed(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """What the first layer sees, [B, T, H].   input_ids: int [B, T].   positions: from 0."""
-        x = self.embed_tokens.embedding[...][input_ids].astype(self.dtype)
+        table = self.embed_tokens.embedding[...]
+        x = table[input_ids] if self.layout is None else self.layout.embed(table, input_ids)
+        x = x.astype(self.dtype)
         if self.project_in is not None:
             x = apply(self.project_in, x)
         return x + self.embed_positions.embedding[...][positions + POSITION_OFFSET].astype(
             self.dtype
         )
 
-    def _check(self, input_ids, attention_mask, cache) -> tuple[int, int]:
+    def _check(self, input_ids, attention_mask, cache) -> None:
         if input_ids.ndim != 2:
             raise ValueError(
                 f"OPT: input_ids has shape {input_ids.shape}; pass [B, T], a row per sequence."
@@ -316,7 +351,6 @@ class OPT(nnx.Module):
                 f"OPT: input_ids is {input_ids.shape} but the cache has {cache.valid.shape[0]} "
                 f"rows of {cache.slots} slots; make one with KVCache.create(config, {B}, slots)."
             )
-        return B, T
 
     def _head(self, x: jax.Array) -> jax.Array:
         """[B, T, E] -> float32 [B, T, V]; 16-bit products accumulate and stay in float32."""
@@ -337,7 +371,13 @@ class OPT(nnx.Module):
 
 
 def load(
-    path: str | os.PathLike, dtype: Any = None, attention_implementation: Implementation = None
+    path: str | os.PathLike,
+    dtype: Any = None,
+    attention_implementation: Implementation = None,
+    *,
+    mesh: Mesh | None = None,
+    tensor: str = "tp",
+    data: str = "dp",
 ) -> OPT:
     """The model of a Hugging Face OPT directory: dense, dense with zeros, or packed by us.
 
@@ -345,15 +385,17 @@ def load(
       kept as they are stored for float32. None is float32 on a CPU, with weights as stored, and
       the checkpoint's own dtype elsewhere.
     attention_implementation: see `OPT`.
+    mesh: puts each device's part of the weights there, and nothing else (docs/sharding.md). Its
+      axis `tensor` splits heads, FFN and vocabulary, `data` rows of a batch; one may be missing.
 
     Matrices stored as sparse bitmasks, or of which 30% and more are zero, become
     `jax_flashllm.nn.SparseDense`; q, k and v count as one. A float32 matrix does so only if its
     values are exact in 16 bits; no value is rounded that `dtype` did not ask to round. bfloat16
     matrices that meet float32 activations become SparseDense too, full or not: it is faster.
-    Memory: the weights once, and one matrix on its way.
+    Memory: the weights once, and one matrix on its way; on a mesh the host holds that matrix only.
     Raises ValueError (CheckpointError among them) for files, configs and tensors that do not fit
     together, naming the tensor.
     """
     from jax_flashllm.models import weights
 
-    return weights.load(path, dtype, attention_implementation)
+    return weights.load(path, dtype, attention_implementation, mesh, tensor, data)

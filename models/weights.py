@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jax_flashllm.formats import encode
+from jax_flashllm.formats import SparseWeight, encode, encode_on_host
+from jax_flashllm.formats.layout import place
 from jax_flashllm.models import checkpoint
 from jax_flashllm.models.config import OPTConfig
+from jax_flashllm.models.mesh import Layout
 from jax_flashllm.models.opt import LAYER_NORM_EPSILON, OPT, Implementation
 from jax_flashllm.nn import SparseDense
 
@@ -35,7 +38,14 @@ _FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32
 _PREFIXES = ("model.decoder.", "decoder.", "")
 
 
-def load(path: str | os.PathLike, dtype: Any, attention_implementation: Implementation) -> OPT:
+def load(
+    path: str | os.PathLike,
+    dtype: Any,
+    attention_implementation: Implementation,
+    mesh: Mesh | None = None,
+    tensor: str = "tp",
+    data: str = "dp",
+) -> OPT:
     """See `opt.load`."""
     with checkpoint.open_checkpoint(path) as ckpt:
         names, config = verify(ckpt)
@@ -51,7 +61,8 @@ def load(path: str | os.PathLike, dtype: Any, attention_implementation: Implemen
         if compute is None:
             on_cpu = jax.default_backend() == "cpu"
             compute = jnp.dtype(jnp.float32) if on_cpu else names.dtype("embed_tokens.weight")
-        loader = Loader(names, config, compute, cast if cast != np.float32 else None)
+        layout = None if mesh is None else Layout.create(mesh, config, tensor, data)
+        loader = Loader(names, config, compute, cast if cast != np.float32 else None, layout)
         # Shown on a terminal, once a second has passed.
         with tqdm(
             total=len(names.stored),
@@ -67,6 +78,7 @@ def load(path: str | os.PathLike, dtype: Any, attention_implementation: Implemen
                 make=loader,
                 dtype=compute,
                 attention_implementation=attention_implementation,
+                layout=layout,
             )
 
 
@@ -89,15 +101,20 @@ def tensors(model: OPT) -> Iterator[tuple[str, np.ndarray]]:
     The inverse of `load`: sparse layers come out dense, in the dtypes that the model holds.
     """
 
+    parts = 1 if model.layout is None else model.layout.parts
+
     def linear(layer: Any, *names: str) -> Iterator[tuple[str, np.ndarray]]:
         dense = isinstance(layer, nnx.Linear)
         w = np.asarray(layer.kernel[...]).T if dense else layer.weight.to_dense()
+        w = _swap_outer(w, parts, len(names))
         bias = layer.bias
+        if bias is not None:
+            bias = _swap_outer(np.asarray(bias[...]), parts, len(names))
         for i, name in enumerate(names):
             rows = slice(i * len(w) // len(names), (i + 1) * len(w) // len(names))
             yield f"{name}.weight", w[rows]
             if bias is not None:
-                yield f"{name}.bias", np.asarray(bias[...])[rows]
+                yield f"{name}.bias", bias[rows]
 
     def norm(layer: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
         for kind, value in (("weight", layer.scale), ("bias", layer.bias)):
@@ -245,16 +262,27 @@ class Loader:
     """A maker that reads.
 
     compute: dtype of activations.   cast: the 16-bit dtype to cast weights to, None for none.
+    layout: where each part goes; None is JAX's default device.
     """
 
-    def __init__(self, names: _Names, config: OPTConfig, compute: np.dtype, cast: np.dtype | None):
-        self.names, self.compute, self.cast = names, compute, cast
+    def __init__(
+        self,
+        names: _Names,
+        config: OPTConfig,
+        compute: np.dtype,
+        cast: np.dtype | None,
+        layout: Layout | None = None,
+    ):
+        self.names, self.compute, self.cast, self.layout = names, compute, cast, layout
+        self.parts = 1 if layout is None else layout.parts
         self.affine = config.layer_norm_elementwise_affine
         self.on_read: Callable[[], Any] = lambda: None  # a tensor
 
     def linear(self, names: list[str], in_features: int, out_features: int, bias: bool):
         kernel = self._read([f"{name}.weight" for name in names])
-        b = self._vector([f"{name}.bias" for name in names]) if bias else None
+        rows, columns = self._split(names[0])
+        kernel = _swap_outer(kernel, len(names), self.parts)
+        b = self._vector([f"{name}.bias" for name in names], rows) if bias else None
         stored_sparse = all(self.names.is_sparse(f"{name}.weight") for name in names)
         # XLA's CPU backend widens all of a bfloat16 operand first, whatever part is used: ten times
         # slower than float16. The sparse kernel reads it as it is, so full matrices go there too.
@@ -264,8 +292,10 @@ class Loader:
             if half is not None:
                 # weight * mask, the usual way to prune, leaves -0.0 behind, which `encode` keeps.
                 half[_magnitude_bits(half) == 0] = 0
-                return SparseDense.from_encoded(encode(half), bias=b, dtype=self.compute)
-        kernel = jax.device_put(kernel.T)  # unlike jnp.asarray, it compiles nothing
+                w = self._encoded(half, rows, columns)
+                variable = None if b is None else nnx.Param(b, **self._metadata(rows))
+                return SparseDense.from_encoded(w, bias=variable, dtype=self.compute)
+        kernel = self._put(kernel.T, columns, rows)
         return nnx.Linear(
             in_features,
             out_features,
@@ -274,6 +304,8 @@ class Loader:
             bias_init=lambda *_: b,
             dtype=self.compute,
             param_dtype=kernel.dtype,
+            kernel_metadata=self._metadata(columns, rows),
+            bias_metadata=self._metadata(rows),
             rngs=_NO_KEYS,
         )
 
@@ -281,13 +313,15 @@ class Loader:
         table = self._read([f"{name}.weight"])
         if table.dtype.itemsize < self.compute.itemsize and table.nbytes <= WIDEN_TABLE_BYTES:
             table = table.astype(self.compute)
-        table = jax.device_put(table)
+        split, _ = self._split(name)
+        table = self._put(table, split)
         return nnx.Embed(
             rows,
             features,
             embedding_init=lambda *_: table,
             dtype=self.compute,
             param_dtype=table.dtype,
+            embedding_metadata=self._metadata(split),
             rngs=_NO_KEYS,
         )
 
@@ -306,11 +340,36 @@ class Loader:
             rngs=_NO_KEYS,
         )
 
-    def _vector(self, names: list[str]) -> jax.Array:
+    def _split(self, name: str) -> tuple[str | None, str | None]:
+        """The mesh axes over the rows and over the columns of a stored matrix."""
+        part = name.rpartition(".")[2]
+        if self.layout is None:
+            return None, None
+        if part in ("out_proj", "fc2"):
+            return None, self.layout.tensor
+        vocabulary = part in ("embed_tokens", "lm_head") and self.layout.splits_vocabulary
+        return (self.layout.tensor if part in ("q_proj", "fc1") or vocabulary else None), None
+
+    def _put(self, array: np.ndarray, *spec: str | None) -> jax.Array:
+        if self.layout is None:
+            return jax.device_put(array)  # unlike jnp.asarray, it compiles nothing
+        return self.layout.put(array, *spec)
+
+    def _metadata(self, *spec: str | None) -> dict[str, Any]:
+        return {} if self.layout is None else self.layout.metadata(*spec)
+
+    def _encoded(self, dense: np.ndarray, rows: str | None, columns: str | None) -> SparseWeight:
+        if self.layout is None:
+            return encode(dense)
+        grid = self.parts if rows else 1, self.parts if columns else 1
+        return place(encode_on_host(dense, shards=grid), self.layout.sharding(columns or rows))
+
+    def _vector(self, names: list[str], split: str | None = None) -> jax.Array:
         """Biases and scales: small, so held in the dtype they are used in where that is wider."""
         vector = self._read(names)
         wider = vector.dtype.itemsize < self.compute.itemsize
-        return jax.device_put(vector.astype(self.compute) if wider else vector)
+        vector = _swap_outer(vector, len(names), self.parts)
+        return self._put(vector.astype(self.compute) if wider else vector, split)
 
     def _read(self, names: list[str]) -> np.ndarray:
         parts = [self._read_one(name) for name in names]
@@ -331,6 +390,14 @@ class Loader:
                 f"range of {self.cast}; load with dtype=jnp.bfloat16 or jnp.float32."
             )
         return cast
+
+
+def _swap_outer(array: np.ndarray, a: int, b: int) -> np.ndarray:
+    """Rows (a, b, ...) as (b, a, ...): from all of q, all of k ... to each device's, or back."""
+    if a == 1 or b == 1:
+        return array
+    parts = array.reshape(a, b, -1, *array.shape[1:])
+    return np.ascontiguousarray(parts.swapaxes(0, 1)).reshape(array.shape)
 
 
 def _magnitude_bits(kernel: np.ndarray) -> np.ndarray:

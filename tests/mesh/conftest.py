@@ -1,0 +1,6 @@
+"""Helpers of the tests above are importable here too."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
