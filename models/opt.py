@@ -177,7 +177,7 @@ class Attention(nnx.Module):
             y = jax.nn.dot_product_attention(
                 q, k, v, mask=mask, scale=1.0, is_causal=mask is None, implementation=implementation
             )
-            return apply(self.out_proj, y.reshape(B, T, -1), layout=self.layout), None
+            return apply(self.out_proj, y.reshape(B, T, -1), None, self.layout), None
         # [B, T, h, d] -> [B * h, T, d]
         q, k, v = (a.swapaxes(1, 2).reshape(B * self.num_heads, T, -1) for a in (q, k, v))
         kv = None
@@ -187,7 +187,7 @@ class Attention(nnx.Module):
             mask = jnp.tril(jnp.ones((1, T, T), bool))
         y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
         y = y.reshape(B, self.num_heads, T, -1).swapaxes(1, 2).reshape(B, T, -1)
-        return apply(self.out_proj, y, layout=self.layout), kv
+        return apply(self.out_proj, y, None, self.layout), kv
 
 
 class DecoderLayer(nnx.Module):
@@ -209,7 +209,7 @@ class DecoderLayer(nnx.Module):
         x = x if self.pre_norm else self.self_attn_layer_norm(x)
         y = self.final_layer_norm(x) if self.pre_norm else x
         y = apply(self.fc1, y, self.activation)
-        x = x + apply(self.fc2, y, layout=self.layout)
+        x = x + apply(self.fc2, y, None, self.layout)
         return x if self.pre_norm else self.final_layer_norm(x), kv
 
 
