@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_flashllm import prune
 from jax_flashllm.models import weights
-from jax_flashllm.models.checkpoint import Checkpoint, open_checkpoint, save_packed
+from jax_flashllm.models.checkpoint import Checkpoint
 from jax_flashllm.models.config import is_linear
 from jax_flashllm.models.opt import OPT, DecoderLayer
+from jax_flashllm.models.partial import Partial
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 # Samples a call: as many as keep the attention scores, float32 [B, h, T, T], under this a device.
@@ -74,13 +74,20 @@ class Source:
     """The tensors of a checkpoint as they are to be written.
 
     dtype: float16 or bfloat16; None takes the checkpoint's own, float16 for float32 ones.
+    zeros: how many each linear layer that was read has, before it is pruned.
+
+    Raises ValueError for what is no OPT. Reads no weights.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str | None):
         self.checkpoint = checkpoint
-        tied = checkpoint.config.get("tie_word_embeddings", True)
-        # A tied head that is stored all the same is the embedding a second time.
-        self.names = [n for n in checkpoint.names() if not (tied and n == "lm_head.weight")]
+        self.tensors, self.model = weights.verify(checkpoint)
+        self.zeros: dict[str, int] = {}
+        # Not the numbers beside the weights that `load` passes over.
+        used = set(self.tensors.stored.values())
+        if self.model.tie_word_embeddings:  # the head, if stored, is the embedding a second time
+            used.discard("lm_head.weight")
+        self.names = [n for n in checkpoint.names() if n in used]
         self.linear = [n for n in self.names if is_linear(n)]
         if not self.linear:
             raise ValueError(f"{checkpoint.path} has no decoder layers to prune; is it an OPT?")
@@ -112,8 +119,12 @@ class Source:
                 f"{self.checkpoint.path}: {name} holds {value[lost][0]}, past the range of "
                 f"{self.dtype}; pass --dtype bfloat16"
             )
+        if not is_linear(name):
+            return cast
         # Weights that the cast or the source made -0.0 are zeros too.
-        return without_negative_zeros(cast) if is_linear(name) else cast
+        cast = without_negative_zeros(cast)
+        self.zeros[name] = cast.size - int(np.count_nonzero(cast.view(np.uint16)))
+        return cast
 
 
 def by_magnitude(source: Source, recipe: Recipe, say: Say) -> Iterator[tuple[str, np.ndarray]]:
@@ -133,20 +144,26 @@ def by_magnitude(source: Source, recipe: Recipe, say: Say) -> Iterator[tuple[str
         yield name, value
 
 
-def windows(ids: Any, samples: int, context: int) -> np.ndarray:
+def windows(ids: Sequence[int], samples: int, context: int, vocab_size: int) -> np.ndarray:
     """`samples` windows of `context` tokens, int32 [S, T], spread evenly over `ids` [n].
 
-    They overlap where the text is shorter than all of them together. Raises ValueError when it is
-    shorter than one.
+    They overlap where the text is shorter than all of them together, and are fewer where it has no
+    more different ones. Raises ValueError when it is shorter than one, and for ids past the
+    vocabulary.
     """
-    ids = np.asarray(ids, np.int32)
     if len(ids) < context:
         raise ValueError(
             f"the calibration text has {len(ids)} tokens, fewer than one context of {context}; "
             "pass a longer text or a smaller --context"
         )
-    starts = np.linspace(0, len(ids) - context, samples).astype(int)
-    return ids[starts[:, None] + np.arange(context)]
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"the calibration text has token {max(ids)}, outside the model's vocabulary of "
+            f"{vocab_size}; use the tokenizer that came with the model"
+        )
+    last = len(ids) - context
+    starts = np.linspace(0, last, min(samples, last + 1)).astype(int)
+    return np.asarray(ids, np.int32)[starts[:, None] + np.arange(context)]
 
 
 class Blocks:
@@ -154,8 +171,10 @@ class Blocks:
 
     ids: int [S, T], calibration windows.   devices: the windows are shared out over them; None
     takes all.   advance: called with a number of windows whenever a block has seen so many.
+    warn: gets a line for every block that was finished but is damaged, and is pruned again.
 
-    Raises ValueError when `work` holds the start of another run.
+    Raises ValueError when `work` holds the start of another run or anything else. `close` lets
+    another run have it.
     """
 
     def __init__(
@@ -167,26 +186,31 @@ class Blocks:
         devices: Sequence[jax.Device] | None = None,
         say: Say = lambda _: None,
         advance: Callable[[int], Any] = lambda _: None,
+        warn: Say = lambda _: None,
     ):
         if recipe.group == "global":
             raise ValueError(
                 "prune: group 'global' compares the weights of all layers at once, which takes "
                 "--method magnitude without --calibration; for unequal layers pass --owl"
             )
-        self.source, self.recipe, self.ids, self.work = source, recipe, ids, work
+        self.source, self.recipe, self.ids = source, recipe, ids
         self.say, self.advance = say, advance
-        self.names, config = weights.verify(source.checkpoint)
         on_cpu = jax.default_backend() == "cpu"
         self.compute = np.dtype(np.float32) if on_cpu else source.dtype
-        self.model = config
-        heads, T = config.num_attention_heads, ids.shape[1]
+        self.model = source.model
+        heads, T = self.model.num_attention_heads, ids.shape[1]
         devices = jax.devices() if devices is None else devices
         self.mesh = Mesh(np.array(devices), ("samples",))
         # Parts of one size, so that each program compiles once.
         n = len(devices)
         calls = -(-len(ids) // (max(SCORES_BYTES // (4 * heads * T * T), 1) * n))
         self.batch = -(-len(ids) // (calls * n)) * n
-        self._check_work()
+        self.sparsities = [recipe.sparsity] * self.count
+        shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(self.count)]
+        for name in source.linear:
+            shapes[layer_of(name)][name] = tuple(source.checkpoint.shape(name))
+        self.partial = Partial(work, self._run(), shapes, source.dtype, warn)
+        self.close = self.partial.close
 
     @property
     def count(self) -> int:
@@ -200,7 +224,7 @@ class Blocks:
     @property
     def finished(self) -> int:
         """How many blocks are on the disk."""
-        return next((i for i in range(self.count) if not self._path(i).is_dir()), self.count)
+        return self.partial.finished
 
     def run(self) -> None:
         """Prunes the blocks that are not finished.
@@ -208,26 +232,25 @@ class Blocks:
         Raises ValueError for NaN on the way and weights past the range of the dtype to be
         written, CheckpointError when the disk is full; finished blocks stay.
         """
-        sparsities = [self.recipe.sparsity] * self.count
         if self.recipe.owl is not None:
-            sparsities = self._owl(*self.recipe.owl)
+            self.sparsities = self._owl(*self.recipe.owl)
         x = self._embed()
         for i in range(self.count):
             self.say(f"layers.{i}")
-            self._advance_past(i, x, sparsities[i])
+            self._advance_past(i, x)
 
-    def _advance_past(self, i: int, x: np.ndarray, sparsity: float) -> None:
+    def _advance_past(self, i: int, x: np.ndarray) -> None:
         """Prunes block i if it is not finished, then x <- pruned block(x), in place.
 
         The block's arrays end with the call, so that two are never on the accelerator.
         """
         block, parts = self._block(i)
-        if self._path(i).is_dir():
-            self.advance(len(x))
-            pruned = self._read(i)
+        pruned = self.partial.read(i)
+        if pruned is None:
+            pruned, errors = self._prune(block, parts, x, self.sparsities[i])
+            self.partial.save(i, pruned, errors, sparse=self.recipe.sparsity > 0)
         else:
-            pruned, errors = self._prune(block, parts, x, sparsity)
-            self._save(i, pruned, errors)
+            self.advance(len(x))
         if i + 1 == self.count:
             self.advance(len(x))
             return
@@ -243,9 +266,9 @@ class Blocks:
                 if not is_linear(name):
                     yield name, self.source.read(name)
                     continue
-                i = int(block_of(name).split(".")[1])
+                i = layer_of(name)
                 if i not in blocks:
-                    blocks[i] = open_checkpoint(self._path(i))
+                    blocks[i] = self.partial.open(i)
                 yield name, blocks[i].read(name)
         finally:
             for checkpoint in blocks.values():
@@ -255,7 +278,7 @@ class Blocks:
         """|X (W - W')^T|^2 / |X W^T|^2 of every matrix W that became W', X its inputs."""
         errors: dict[str, float] = {}
         for i in range(self.count):
-            with open_checkpoint(self._path(i)) as checkpoint:
+            with self.partial.open(i) as checkpoint:
                 errors |= checkpoint.config["errors"]
         return errors
 
@@ -265,10 +288,9 @@ class Blocks:
         self, i: int, diagonal: bool = False
     ) -> tuple[DecoderLayer, dict[tuple[str, ...], Observer]]:
         """Block i as it was, and its linear layers by the names that they are made of."""
-        args = self.source, self.names, self.model, self.compute
-        loader = _ObservingLoader(*args, diagonal=diagonal)
+        loader = _ObservingLoader(self.source, self.compute, diagonal=diagonal)
         block = DecoderLayer(self.model, loader, f"layers.{i}")
-        stored = self.names.stored
+        stored = self.source.tensors.stored
         return block, {
             tuple(stored[f"{n}.weight"] for n in names): part for names, part in loader.made.items()
         }
@@ -327,7 +349,7 @@ class Blocks:
     def _embed(self) -> np.ndarray:
         """x [S, T, H] of the calibration windows, on the host."""
         self.say("embed")
-        loader = _Loader(self.source, self.names, self.model, self.compute)
+        loader = _Loader(self.source, self.compute)
         config = dataclasses.replace(self.model, num_hidden_layers=0)
         model = OPT(config, make=loader, dtype=self.compute)
         T = self.ids.shape[1]
@@ -365,48 +387,19 @@ class Blocks:
                 "before it, or pass --dtype bfloat16"
             )
 
-    # ---- the work directory ----
-
-    def _path(self, i: int) -> Path:
-        return self.work / f"layers.{i}"
-
-    def _check_work(self) -> None:
-        """Makes the directory, or finds that it holds the start of this very run."""
+    def _run(self) -> dict[str, Any]:
+        """What has to be the same for finished blocks to be taken."""
         checkpoint = self.source.checkpoint
-        run = {
+        config = json.dumps(checkpoint.config, sort_keys=True).encode()
+        return {
             "model": str(checkpoint.path.resolve()),
-            "bytes": checkpoint.nbytes,
+            "files": checkpoint.stamps,
+            "config": hashlib.sha256(config).hexdigest(),
             "dtype": self.source.dtype.name,
-            **json.loads(json.dumps(dataclasses.asdict(self.recipe))),
+            **dataclasses.asdict(self.recipe),
             "calibration": [*self.ids.shape, hashlib.sha256(self.ids.tobytes()).hexdigest()],
             "devices": [jax.default_backend(), self.mesh.size],
         }
-        file = self.work / "run.json"
-        if file.exists():
-            try:
-                before = json.loads(file.read_text())
-            except ValueError:
-                before = {}
-            differs = [k for k in run if before.get(k) != run[k]]
-            if differs:
-                k = differs[0]
-                raise ValueError(
-                    f"{self.work} holds blocks of another run ({k} was {before.get(k)}, is now "
-                    f"{run[k]}); finish that one, or delete the directory"
-                )
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(run, indent=1) + "\n")
-        os.replace(temporary, file)
-
-    def _save(self, i: int, pruned: dict[str, np.ndarray], errors: dict[str, float]) -> None:
-        sparse = self.recipe.sparsity > 0
-        save_packed(self._path(i), {"errors": errors}, pruned.items(), lambda _: sparse)
-
-    def _read(self, i: int) -> dict[str, np.ndarray]:
-        with open_checkpoint(self._path(i)) as checkpoint:
-            return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
 class Gram(nnx.Variable):
@@ -438,8 +431,8 @@ class Observer(nnx.Module):
 class _Loader(weights.Loader):
     """Reads what is to be written, in its dtype."""
 
-    def __init__(self, source: Source, *args: Any):
-        super().__init__(*args, cast=None)
+    def __init__(self, source: Source, compute: np.dtype):
+        super().__init__(source.tensors, source.model, compute, cast=None)
         self.source = source
 
     def _read_one(self, name: str) -> np.ndarray:
@@ -493,6 +486,11 @@ def block_of(name: str) -> str:
     """ "layers.3" of the names in layer 3, else the name without its ends."""
     parts = name.removeprefix("model.").removeprefix("decoder.").split(".")
     return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+
+
+def layer_of(name: str) -> int:
+    """The decoder block that a matrix is in."""
+    return int(block_of(name).split(".")[1])
 
 
 def without_negative_zeros(w: np.ndarray) -> np.ndarray:

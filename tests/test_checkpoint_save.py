@@ -17,7 +17,13 @@ import pytest
 import safetensors
 from checkpoint_files import FLOATS, same, weights
 
-from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint, save, save_packed
+from jax_flashllm.models.checkpoint import (
+    CheckpointError,
+    check_destination,
+    open_checkpoint,
+    save,
+    save_packed,
+)
 
 CONFIG = {"model_type": "opt", "vocab_size": 19}
 
@@ -109,7 +115,7 @@ def test_an_existing_destination(tmp_path):
     for name in ("file", "link"):
         with pytest.raises(CheckpointError, match="is not a directory"):
             save_packed(tmp_path / name, CONFIG, old.items(), overwrite=True)
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="file is not a directory"):
         save_packed(tmp_path / "file" / "out", CONFIG, old.items())
     assert sorted(os.listdir(tmp_path)) == ["file", "link", "out"]
 
@@ -198,6 +204,44 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, where, calls):
         monkeypatch.undo()
         check(out, old)
     assert sorted(os.listdir(tmp_path)) == ["out", "tokenizer.json"]
+
+
+def test_a_failure_leaves_no_new_directories(tmp_path):
+    def tensors():
+        yield "w.weight", np.ones((2, 2), np.float16)
+        (tmp_path / "a" / "theirs").mkdir()  # of somebody else, meanwhile
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        save_packed(tmp_path / "a" / "b" / "c", {}, tensors())
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["a", "a/theirs"]
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_packed(tmp_path / "a" / "d" / ("e" * 300) / "f", {}, tensors())
+    assert not (tmp_path / "a" / "d").exists()
+
+
+def test_a_destination_that_somebody_else_made_meanwhile_is_left(tmp_path):
+    def tensors():
+        yield "w.weight", np.ones((2, 2), np.float16)
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "theirs").write_text("")
+
+    with pytest.raises(CheckpointError, match="somebody else made it meanwhile; choose another"):
+        save_packed(tmp_path / "m", {}, tensors())
+    assert [p.name for p in tmp_path.rglob("*")] == ["m", "theirs"]
+
+
+@pytest.mark.parametrize(
+    ("out", "match"),
+    [("nodir/..", r"ends in '\.\.'"), ("file/a/b", "file is not a directory; choose another")],
+)
+def test_a_destination_can_be_checked_before_the_work(tmp_path, out, match):
+    (tmp_path / "file").write_text("")
+    for check in (check_destination, lambda path: save_packed(path, {}, [])):
+        with pytest.raises(CheckpointError, match=match):
+            check(os.path.join(tmp_path, out))
+    check_destination(tmp_path / "new" / "deeper")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_an_error_of_the_source_leaves_nothing(tmp_path):

@@ -14,7 +14,7 @@ import tiny_opt
 from safetensors.numpy import save
 
 import jax_flashllm
-from jax_flashllm.models import cli, opt
+from jax_flashllm.models import cli, opt, pruning
 from jax_flashllm.models.checkpoint import open_checkpoint
 from jax_flashllm.models.commands import common
 from jax_flashllm.models.commands import generate as generate_command
@@ -247,6 +247,75 @@ def test_calibrated_pruning_reports_errors_and_runs_as_its_dense_twin_does(insid
     assert abs(float(lines.rsplit("differ by ")[1].split("%")[0])) < 0.1
 
 
+def predicted(report):
+    """The two speeds of the last lines, as they are written."""
+    return report.split("at most ")[1].split(" tokens/s")[0].split(" -> ")
+
+
+def test_a_prediction_has_two_digits(inside, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "copy_bandwidth", lambda: 2.3456e10)
+    _, report, _ = inside("prune", tiny, "--sparsity", "0.5", "--out", tmp_path / "out")
+    assert all(len(n.rstrip("0")) <= 2 and n.isdigit() for n in predicted(report))
+    assert "moves 23 GB/s" in report
+    monkeypatch.setattr(common, "copy_bandwidth", lambda: 2e5)
+    _, report, _ = inside("prune", tiny, "--sparsity", "0.5", "--out", tmp_path / "small")
+    assert all(n.startswith("0.") and len(n.lstrip("0.")) <= 2 for n in predicted(report))
+
+
+def test_the_report_tells_what_was_sparser_already(inside, tiny, tmp_path):
+    out = tmp_path / "out"
+    _, report, _ = inside("prune", tiny, "--sparsity", "0.75", "--out", out)
+    assert "already" not in report
+    again = ("prune", out, "--out", tmp_path / "again", "--overwrite", "--sparsity")
+    assert "already" not in inside(*again, "0.75")[1]
+    _, report, _ = inside(*again, "0.5")
+    assert (
+        "\nalready 75.0% sparse, more than the 50.0% asked for: nothing more was removed\n"
+        in report
+    )
+    # A row that is full loses half of it, 16 weights.
+    tensors = dict(tiny_opt.weights(json.loads((tiny / "config.json").read_text())))
+    w = tensors["model.decoder.layers.0.self_attn.k_proj.weight"]
+    w[1:] = 0
+    damaged(tiny, "model.safetensors", lambda _: save(tensors))
+    _, report, _ = inside("prune", tiny, "--sparsity", "0.5", "--out", tmp_path / "one")
+    assert (
+        "\n1 of 12 layers were sparser already than asked for, layers.0.self_attn.k_proj 96.9% "
+        "instead of 50.0%\n"
+    ) in report
+    for name, w in tensors.items():
+        if ".layers." in name and w.ndim == 2:
+            w[1:] = 0
+    weights = sum(w.size for n, w in tensors.items() if ".layers." in n and w.ndim == 2)
+    damaged(tiny, "model.safetensors", lambda _: save(tensors))
+    _, report, _ = inside("prune", tiny, "--sparsity", "0.5", "--out", tmp_path / "all")
+    assert f"asked for: 208 of {weights:,} weights more were removed" in report
+
+
+@pytest.mark.parametrize(
+    ("context", "says"),
+    [
+        ("8", "5 windows of 8 tokens from a text of {n} tokens"),
+        ("64", "5 windows of 64 tokens from a text of {n} tokens: they overlap, side by side it "
+         "has 1"),
+        ("all but 1", "2 windows of {all} tokens from a text of {n} tokens, which has no more of "
+         "the 5 asked for"),
+    ],
+)  # fmt: skip
+def test_the_report_tells_what_it_calibrated_on(inside, tiny, tmp_path, context, says):
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark night. " * (10 if context == "all but 1" else 13))
+    n = len(open_tokenizer(tiny).encode(text.read_text(), add_special_tokens=False))
+    values = {"n": n, "all": n - 1}
+    code, report, _ = inside(
+        "prune", tiny, "--method", "wanda", "--sparsity", "0.5", "--calibration", text,
+        "--samples", "5", "--context", n - 1 if context == "all but 1" else context,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    assert f"\ncalibrated on {says.format(**values)}\n" in report
+
+
 def test_bench_compares_sparse_and_dense(inside, tiny, tmp_path):
     inside("prune", tiny, "--sparsity", "0.7", "--out", tmp_path / "out")
     code, table, _ = inside("bench", "--model", tmp_path / "out", "--tokens", "8")
@@ -306,10 +375,17 @@ def hostile(path):
         ("prune tiny --out new --sparsity=-0.1", "-0.1 is out of range"),
         ("prune tiny --out new", "required: --sparsity"),
         ("prune --model nowhere --out new --sparsity 0.5", "nowhere does not exist"),
-        ("prune tiny --out tiny --sparsity 0.5", "tiny exists; choose another --out"),
+        ("prune tiny --out long.txt --sparsity 0.5", "long.txt exists; choose another --out"),
+        ("prune tiny --out long.txt --overwrite --sparsity 0.5", "is not a directory; choose"),
+        ("prune tiny --out tiny --sparsity 0.5", "tiny is where the model itself lies; choose"),
+        ("prune tiny --out ./tiny/../tiny --overwrite --sparsity 0.5", "the model itself lies"),
+        ("prune tiny --out link --overwrite --sparsity 0.5", "link is where the model itself"),
+        ("prune links --out tiny --overwrite --sparsity 0.5", "tiny is where the model itself"),
+        ("prune tiny --out= --sparsity 0.5", "--out is ''; pass the name of the directory"),
+        ("prune tiny --out nodir/.. --overwrite --sparsity 0.5", "--out is 'nodir/..'; pass"),
         ("prune tiny --out . --overwrite --sparsity 0.5", "no packed model has"),
         ("prune nowhere --out new --sparsity 0.5", "nowhere does not exist"),
-        ("prune tiny --out long.txt/new --sparsity 0.5", "long.txt is a file; choose"),
+        ("prune tiny --out long.txt/a/b --sparsity 0.5", "long.txt is not a directory; choose"),
         ("prune tiny --out new --sparsity 0.5 --method wanda", "pass --calibration FILE"),
         ("prune tiny --out new --sparsity 0.5 --owl", "--owl looks at activations"),
         ("prune tiny --out new --sparsity 0.5 --calibration nowhere.txt", "cannot be read"),
@@ -318,7 +394,21 @@ def hostile(path):
         ("prune tiny --out new --sparsity 0.5 --calibration long.txt --group global", "--owl"),
         ("prune tiny --out new --sparsity 0.5 --calibration long.txt --owl --owl-lambda 0.9",
          "pass a smaller lambda"),
-        ("prune nan --out new --sparsity 0.5 --calibration long.txt", "hold NaN or Inf"),
+        ("prune nan --out a/b/c --sparsity 0.5 --calibration long.txt", "hold NaN or Inf"),
+        ("prune words --out new --sparsity 0.5 --calibration long.txt", "token 4294967295, out"),
+        ("eval --model words --text long.txt", "token 4294967295 is outside"),
+        *((f"prune tiny --out new --sparsity 0.5 {option} 0.5", f"{option} does nothing without "
+           "--calibration") for option in ("--owl-m", "--owl-lambda", "--damping")),
+        ("prune tiny --out new --sparsity 0.5 --samples 128", "--samples does nothing"),
+        ("prune tiny --out new --sparsity 0.5 --context 8", "--context does nothing"),
+        ("prune tiny --out new --sparsity 0.5 --calibration long.txt --owl-m 5",
+         "--owl-m does nothing without --owl"),
+        ("prune tiny --out new --sparsity 0.5 --calibration long.txt --method wanda --damping 0",
+         "--damping does nothing without --method sparsegpt"),
+        ("prune tiny --out new --sparsity 0.5 --damping inf", "--damping: inf is out of range"),
+        ("prune tiny --out new --sparsity 0.5 --owl-m inf", "--owl-m: inf is out of range"),
+        (f"prune tiny --out new --sparsity 0.5 --samples {10**30}",
+         f"--samples: {10**30} is out of range, pass from 1 to 1000000"),
         ("eval --model tiny --text nowhere.txt", "nowhere.txt cannot be read"),
         ("eval --model tiny --text empty.txt", "empty.txt is empty"),
         ("eval --model tiny --text one.txt", "2 are needed"),
@@ -338,8 +428,9 @@ def test_mistakes_get_one_line_and_exit_code_2(inside, tiny, tmp_path, monkeypat
     for name, content in (("latin1", b"caf\xe9"), ("empty", b""), ("one", b"a")):
         (tmp_path / f"{name}.txt").write_bytes(content)
     (tmp_path / "long.txt").write_text("one two three " * 100)
-    models = [name for name in ("llama", "truncated", "hostile", "wordless", "nan") if name in args]
-    for name in models:
+    (tmp_path / "link").symlink_to(tiny, target_is_directory=True)
+    known = ("llama", "truncated", "hostile", "wordless", "nan", "links", "words")
+    for name in set(args.split()).intersection(known):
         path = tmp_path / name
         path.mkdir()
         for file in tiny.iterdir():
@@ -350,6 +441,13 @@ def test_mistakes_get_one_line_and_exit_code_2(inside, tiny, tmp_path, monkeypat
             damaged(path, "model.safetensors", lambda x: x[: len(x) // 2])
         elif name == "hostile":
             hostile(path)
+        elif name == "links":
+            (path / "model.safetensors").unlink()
+            (path / "model.safetensors").symlink_to(tiny / "model.safetensors")
+        elif name == "words":
+            words = {"model": {"type": "WordLevel", "vocab": {"?": 2**32 - 1}, "unk_token": "?"},
+                     "pre_tokenizer": {"type": "Whitespace"}}  # fmt: skip
+            (path / "tokenizer.json").write_text(json.dumps(words))
         elif name == "nan":
             tensors = tiny_opt.weights(json.loads((path / "config.json").read_text()))
             tensors["model.decoder.embed_tokens.weight"][:] = np.nan
@@ -475,8 +573,8 @@ def test_a_disk_that_fills_while_saving_keeps_the_finished_blocks(command, insid
 
 KILLED = """
 import os, signal
-from jax_flashllm.models import pruning
-save = pruning.save_packed
+from jax_flashllm.models import partial
+save = partial.save_packed
 def dying(out, config, tensors, *rest):
     def some():
         for i, tensor in enumerate(tensors):
@@ -484,7 +582,7 @@ def dying(out, config, tensors, *rest):
                 os.kill(os.getpid(), signal.SIGKILL)
             yield tensor
     return save(out, config, some(), *rest)
-pruning.save_packed = dying
+partial.save_packed = dying
 """
 
 
@@ -501,6 +599,94 @@ def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_files(command, tiny,
     assert command(*args, tmp_path / "whole").returncode == 0
     for file in sorted(os.listdir(tmp_path / "whole")):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.fixture
+def calibrated(tiny, tmp_path):
+    """The arguments of a short calibrated run that writes `out`."""
+    (tmp_path / "text.txt").write_text("one two three " * 100)
+    return ("prune", tiny, "--method", "wanda", "--sparsity", "0.5", "--samples", "2",
+            "--calibration", tmp_path / "text.txt", "--out", tmp_path / "out")  # fmt: skip
+
+
+def test_a_directory_of_the_users_own_is_not_taken_for_finished_blocks(
+    inside, calibrated, tmp_path
+):
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    (work / "thesis.txt").write_text("mine")
+    code, _, stderr = inside(*calibrated)
+    assert code == 2
+    assert "out.partial is where finished blocks would wait, but holds ['thesis.txt']" in stderr
+    assert (work / "thesis.txt").read_text() == "mine"
+    (work / "thesis.txt").unlink()
+    work.rmdir()
+    work.write_text("mine")
+    code, _, stderr = inside(*calibrated)
+    assert code == 2
+    assert "out.partial is where finished blocks would wait, but is no directory" in stderr
+    assert work.read_text() == "mine"
+
+
+def test_a_bad_destination_is_refused_before_the_work(inside, calibrated, tmp_path, monkeypatch):
+    monkeypatch.setattr(pruning.Blocks, "run", lambda _: pytest.fail("it prunes"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    code, _, stderr = inside(*calibrated, "--overwrite")
+    assert code == 2
+    assert "holds ['thesis.txt'], which no packed model has" in stderr
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    code, _, stderr = inside(*calibrated, "--overwrite", "--out", tmp_path / "link")
+    assert code == 2
+    assert "link: destination: is not a directory" in stderr
+    assert sorted(os.listdir(tmp_path)) == ["link", "out", "real", "text.txt", "tiny"]
+
+
+def test_a_run_that_ended_meanwhile_is_seen_before_the_work(
+    inside, calibrated, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pruning.Blocks, "run", lambda _: pytest.fail("it prunes"))
+    start = pruning.Blocks.__init__
+
+    def late(self, *args):
+        (tmp_path / "out").mkdir()
+        start(self, *args)
+
+    monkeypatch.setattr(pruning.Blocks, "__init__", late)
+    code, _, stderr = inside(*calibrated)
+    assert code == 2
+    assert "out: destination: exists; choose another" in stderr
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_two_runs_to_one_place_are_told_apart(inside, calibrated, tiny, tmp_path, monkeypatch):
+    second = []
+    run = pruning.Blocks.run
+
+    def during(self):
+        monkeypatch.undo()
+        second.append(inside(*calibrated))
+        run(self)
+
+    monkeypatch.setattr(pruning.Blocks, "run", during)
+    monkeypatch.setattr(common, "cache_compilations", lambda: None)
+    assert inside(*calibrated)[0] == 0
+    assert second[0][0] == 2
+    assert "another run is at work in" in second[0][2]
+    assert sorted(os.listdir(tmp_path)) == ["out", "text.txt", "tiny"]
+
+    def made(*args):  # one that ends first, without calibration
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "config.json").write_text("{}")
+        return by_magnitude(*args)
+
+    by_magnitude = pruning.by_magnitude
+    monkeypatch.setattr(pruning, "by_magnitude", made)
+    code, _, stderr = inside("prune", tiny, "--sparsity", "0.5", "--out", tmp_path / "new")
+    assert code == 2
+    assert "new: destination: somebody else made it meanwhile; choose another" in stderr
+    assert os.listdir(tmp_path / "new") == ["config.json"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(command, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import tiny_opt
 from tiny_opt import quick_compiles  # noqa: F401
 
-from jax_flashllm.models import opt, pruning
+from jax_flashllm.models import opt, partial, pruning
 from jax_flashllm.models.checkpoint import open_checkpoint, save_packed
 from jax_flashllm.models.pruning import Blocks, Recipe, Source, windows
 
@@ -31,8 +31,11 @@ def pruned(tmp_path, recipe, work="work", ids=IDS, variant="plain", **overrides)
     """({name: array} of the pruned model, the run)."""
     with checkpoint_of(tmp_path, variant, **overrides) as checkpoint:
         blocks = Blocks(Source(checkpoint, None), recipe, ids, tmp_path / work)
-        blocks.run()
-        return dict(blocks.tensors()), blocks
+        try:
+            blocks.run()
+            return dict(blocks.tensors()), blocks
+        finally:
+            blocks.close()
 
 
 def observed(path, block, monkeypatch):
@@ -122,6 +125,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(tmp_path, stop):
         with pytest.raises(Stopped):
             first.run()
         assert first.finished == int(stop[-1])
+        first.close()
         seen, steps = [], []
         again = Blocks(source, recipe, IDS, tmp_path / "cut", say=seen.append, advance=steps.append)
         prune, calls = again._prune, []
@@ -130,6 +134,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(tmp_path, stop):
         assert len(calls) == 3 - int(stop[-1])
         assert sum(steps) == again.steps
         resumed = dict(again.tensors())
+        again.close()
     assert whole.keys() == resumed.keys()
     assert all(whole[n].tobytes() == resumed[n].tobytes() for n in whole)
 
@@ -142,9 +147,127 @@ def test_blocks_of_another_run_are_not_taken_for_this_one(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"another run .{says}"):
             pruned(tmp_path, recipe, ids=ids)
-    (tmp_path / "work" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="model was None"):
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "{}", '{"model": 1}', "\xff", "[" * 100_000])
+def test_a_damaged_description_of_the_run_says_what_to_delete(tmp_path, text):
+    pruned(tmp_path, WANDA)
+    (tmp_path / "work" / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"run.json .*; delete .*/work to start over"):
         pruned(tmp_path, WANDA)
+
+
+@pytest.mark.parametrize("change", ["weights", "config"])
+def test_a_model_replaced_by_one_of_the_same_size_is_another(tmp_path, change):
+    pruned(tmp_path, WANDA)
+    if change == "weights":
+        file = tmp_path / "plain" / "model.safetensors"
+        data = file.read_bytes()
+        file.unlink()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        config = tiny_opt.config("plain", activation_function="gelu")
+        (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the model has changed since; delete .*/work to start"):
+        pruned(tmp_path, WANDA)
+
+
+def block_file(work, change):
+    """Damages what is on the disk of the first of two blocks."""
+    block = work / "layers.0"
+    file = block / "model.safetensors"
+    if change == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif change == "no weights":
+        file.unlink()
+    elif change == "bits":
+        # Sound to the eye: only reading the matrices finds that offsets and bits disagree.
+        data = file.read_bytes()
+        with open_checkpoint(block) as checkpoint:
+            entry = checkpoint._tensors[checkpoint.names()[0]].bitmask
+        file.write_bytes(data[: entry.offset] + b"\xff" * 8 + data[entry.offset + 8 :])
+    elif change == "a tensor less" or change == "another dtype":
+        with open_checkpoint(block) as checkpoint:
+            config = {"errors": checkpoint.config["errors"]}
+            tensors = [(name, checkpoint.read(name)) for name in checkpoint.names()]
+        if change == "another dtype":
+            tensors = [(name, w.astype(np.float32)) for name, w in tensors]
+        save_packed(block, config, tensors[1:] if change == "a tensor less" else tensors,
+                    lambda _: True, overwrite=True)  # fmt: skip
+    else:
+        (block / "config.json").write_text(change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["{}", '{"errors": [1]}', '{"errors": {}}', "{", "truncated", "no weights", "a tensor less",
+     "another dtype", "bits"],
+)  # fmt: skip
+def test_a_damaged_block_is_pruned_again(tmp_path, change):
+    whole, _ = pruned(tmp_path, WANDA)
+    block_file(tmp_path / "work", change)
+    lines = []
+    with checkpoint_of(tmp_path) as checkpoint:
+        run = Blocks(Source(checkpoint, None), WANDA, IDS, tmp_path / "work", warn=lines.append)
+        prune, calls = run._prune, []
+        run._prune = lambda *args: (calls.append(1), prune(*args))[1]
+        run.run()
+        again = dict(run.tensors())
+        assert set(run.errors()) == set(run.source.linear)
+        run.close()
+    assert len(calls) == 1
+    assert lines == [f"{tmp_path / 'work' / 'layers.0'} is damaged: the block is pruned again"]
+    assert all(whole[n].tobytes() == again[n].tobytes() for n in whole)
+
+
+def foreign(tmp_path, kind):
+    work = tmp_path / "work"
+    if kind == "file":
+        work.write_text("mine")
+    elif kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        work.symlink_to(tmp_path / "elsewhere")
+    elif kind == "dangling link":
+        work.symlink_to(tmp_path / "nowhere")
+    else:
+        if kind != "layers.0":  # without run.json, nobody but the user made this
+            pruned(tmp_path, WANDA)
+        path = work / kind
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if kind == "layers.0" else path.write_text("mine")
+
+
+@pytest.mark.parametrize(
+    "kind", ["file", "link", "dangling link", "layers.0", "notes.txt", "layers.0/notes.txt"]
+)
+def test_what_no_run_made_is_refused_and_stays(tmp_path, kind):
+    foreign(tmp_path, kind)
+    before = sorted(p for p in tmp_path.rglob("*") if "plain" not in p.parts)
+    with pytest.raises(ValueError, match=r"work is where .*another --out"):
+        pruned(tmp_path, WANDA)
+    assert sorted(p for p in tmp_path.rglob("*") if "plain" not in p.parts) == before
+
+
+def test_what_others_put_there_meanwhile_is_not_deleted(tmp_path):
+    _, run = pruned(tmp_path, WANDA)
+    work = tmp_path / "work"
+    (work / ".layers.0.tmp-a1b2c3d4").mkdir()
+    (work / "notes.txt").write_text("mine")
+    run.partial.remove()
+    assert os.listdir(work) == ["notes.txt"]
+    (work / "notes.txt").unlink()
+    run.partial.remove()
+    assert not work.exists()
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    with checkpoint_of(tmp_path) as checkpoint:
+        source = Source(checkpoint, None)
+        first = Blocks(source, WANDA, IDS, tmp_path / "work")
+        with pytest.raises(ValueError, match=r"another run is at work in .*work; wait for"):
+            Blocks(source, WANDA, IDS, tmp_path / "work")
+        first.close()
+        Blocks(source, WANDA, IDS, tmp_path / "work").close()
 
 
 SHARED = """
@@ -204,14 +327,33 @@ def test_one_block_is_on_the_accelerator_at_a_time(tmp_path, monkeypatch, owl):
 
 
 def test_windows_spread_over_the_text_and_refuse_a_short_one():
-    ids = np.arange(100)
-    got = windows(ids, 4, 10)
+    ids = list(range(100))
+    got = windows(ids, 4, 10, 100)
     assert got.shape == (4, 10)
     assert got[:, 0].tolist() == [0, 30, 60, 90]
     assert (np.diff(got, axis=1) == 1).all()
-    assert windows(ids, 3, 100).tolist() == [list(range(100))] * 3
+    # No window twice.
+    assert windows(ids, 3, 100, 100).tolist() == [ids]
+    assert windows(ids, 10**30, 98, 100)[:, 0].tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="99 tokens, fewer than one context of 100"):
-        windows(ids[:99], 1, 100)
+        windows(ids[:99], 1, 100, 100)
+
+
+@pytest.mark.parametrize("token", [100, 2**31, 2**32 - 1])
+def test_tokens_outside_the_vocabulary_are_refused(token):
+    with pytest.raises(ValueError, match=f"token {token}, outside the model's vocabulary of 100"):
+        windows([1, token, 3], 1, 2, 100)
+
+
+def test_a_number_beside_the_weights_is_not_theirs(tmp_path):
+    config = tiny_opt.config("plain")
+    tensors = tiny_opt.weights(config, np.float32)
+    tensors["model.decoder.version"] = np.array([3e9], np.float32)  # past float16
+    tiny_opt.save(tmp_path / "plain", config, tensors)
+    with checkpoint_of(tmp_path) as checkpoint:
+        source = Source(checkpoint, None)
+        result = dict(pruning.by_magnitude(source, Recipe("magnitude", 0.5, "row"), str))
+    assert result.keys() == tensors.keys() - {"model.decoder.version"}
 
 
 def with_tensor(tmp_path, name, change):
@@ -262,14 +404,14 @@ def test_a_singular_hessian_says_what_to_do(tmp_path):
 
 
 def test_a_disk_that_fills_keeps_finished_blocks(tmp_path, monkeypatch):
-    save = pruning.save_packed
+    save = partial.save_packed
 
     def full(out, *args):
         if out.name == "layers.1":
             raise OSError(28, os.strerror(28))
         return save(out, *args)
 
-    monkeypatch.setattr(pruning, "save_packed", full)
+    monkeypatch.setattr(partial, "save_packed", full)
     with pytest.raises(OSError, match="No space left"):
         pruned(tmp_path, WANDA)
     monkeypatch.undo()

@@ -2,6 +2,13 @@
 
 from .base import CheckpointError
 from .reader import Checkpoint, open_checkpoint
-from .save import save_packed
+from .save import check_destination, new_parents, save_packed
 
-__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "save_packed"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "check_destination",
+    "new_parents",
+    "open_checkpoint",
+    "save_packed",
+]

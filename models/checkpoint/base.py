@@ -87,7 +87,7 @@ class File:
         if not stat.S_ISREG(status.st_mode):
             self.close()
             self.fail("file", "is not a regular file; point to a downloaded checkpoint")
-        self.size = status.st_size
+        self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
 
     def fail(self, field: str, problem: str) -> NoReturn:
         raise CheckpointError(self.path, field, problem)

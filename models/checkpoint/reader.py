@@ -67,6 +67,11 @@ class Checkpoint:
         """Bytes of the weight files."""
         return sum(file.size for file in self._files)
 
+    @property
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """(name, bytes, time of the last change in ns) of each weight file: others, if replaced."""
+        return [(file.path.name, file.size, file.mtime_ns) for file in self._files]
+
     def read(self, name: str) -> np.ndarray:
         """Returns a new dense array in the stored dtype, torch's layout ([out, in])."""
         try:

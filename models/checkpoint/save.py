@@ -13,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,15 +60,9 @@ def save_packed(
     behind, when `out_dir` exists, a name repeats, or the disk is full.
     """
     out = Path(os.path.abspath(out_dir))
+    check_destination(out_dir, tokenizer_files, overwrite=overwrite)
     copies = {Path(f).name: Path(f) for f in tokenizer_files}
-    _check_destination(out, copies, len(tokenizer_files), overwrite)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
-    except OSError as e:
-        raise _write_error(out, e) from e
-    try:
-        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes it private
+    with new_parents(out), _temporary(out) as temporary:
         shards = _Shards(out, temporary, max_shard_bytes)
         for name, value in tensors:
             stored = shards.add(name, np.asarray(value), sparse)
@@ -83,11 +78,22 @@ def save_packed(
         _publish(temporary, out, overwrite)
         _sync(out.parent)
         return shards.total_bytes
+
+
+@contextlib.contextmanager
+def _temporary(out: Path) -> Iterator[Path]:
+    """A directory beside `out`, gone at the end; an OSError inside becomes a CheckpointError."""
+    path = None
+    try:
+        path = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+        os.chmod(path, 0o777 & ~_umask())  # mkdtemp makes it private
+        yield path
     except OSError as e:
         raise _write_error(out, e) from e
     finally:
         # After a swap this is the old directory, after a failure the unfinished one.
-        shutil.rmtree(temporary, ignore_errors=True)
+        if path is not None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class _Shards:
@@ -238,17 +244,35 @@ def _describe(config: dict, shards: _Shards) -> dict:
     return config
 
 
-def _check_destination(out: Path, copies: dict[str, Path], given: int, overwrite: bool) -> None:
+def check_destination(
+    out_dir: str | os.PathLike,
+    tokenizer_files: Sequence[str | os.PathLike] = (),
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Raises CheckpointError where `save_packed` would refuse `out_dir` or `tokenizer_files`.
+
+    For callers with hours of work before they save.
+    """
+    out = Path(os.path.abspath(out_dir))
+    if Path(out_dir).name == "..":
+        raise CheckpointError(out_dir, "destination", "ends in '..'; name the directory itself")
+    copies = {Path(f).name: Path(f) for f in tokenizer_files}
     for name, source in copies.items():
         if not source.is_file():
             raise CheckpointError(source, "tokenizer file", "is not there; check the path")
-        if name == "config.json" or name.startswith("model") or len(copies) != given:
+        if name == "config.json" or name.startswith("model") or len(copies) != len(tokenizer_files):
             raise CheckpointError(
                 source,
                 "tokenizer file",
                 "has a name that is already taken in "
                 "the output; pass each file once, and no weights",
             )
+    above = next((p for p in out.parents if os.path.lexists(p)), out)
+    if not os.path.isdir(above):
+        raise CheckpointError(
+            out, "destination", f"{above} is not a directory; choose another place"
+        )
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -269,6 +293,26 @@ def _check_destination(out: Path, copies: dict[str, Path], given: int, overwrite
             "destination",
             f"holds {foreign[:3]}, which no packed model has; choose another directory",
         )
+
+
+@contextlib.contextmanager
+def new_parents(out: Path) -> Iterator[None]:
+    """Makes the directories above `out`; a failure inside takes those along that are empty again.
+
+    Raises CheckpointError where they cannot be made.
+    """
+    missing = list(itertools.takewhile(lambda p: not os.path.exists(p), out.parents))
+    try:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise _write_error(out, e) from e
+        yield
+    except BaseException:
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def _publish(temporary: Path, out: Path, overwrite: bool) -> None:
@@ -333,6 +377,8 @@ def _umask() -> int:
 def _write_error(out: Path, e: OSError) -> CheckpointError:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         problem = "the disk is full; free space there or save elsewhere, nothing was left behind"
+    elif e.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.lexists(out):
+        problem = "somebody else made it meanwhile; choose another directory, nothing was replaced"
     else:
         problem = f"cannot be written ({e.strerror or e}); check permissions or save elsewhere"
     return CheckpointError(out, "destination", problem)

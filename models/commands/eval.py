@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from jax_flashllm.models.tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(path)
-    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
+    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int64)
     model = opt.load(path, args.dtype)
     context = args.context or model.config.max_position_embeddings
 
