@@ -56,8 +56,8 @@ def device() -> Device:
     if capability in ("9.0", "10.0", "10.3"):  # 227 KB of shared memory
         return Device(cores, warps=16, csl_teams=8)
     if capability == "8.0":  # 163 KB
-        return Device(cores, warps=16, csl_teams=5)
-    return Device(cores, warps=8, csl_teams=2)  # 99 KB on 8.6, 8.9 and 12.x
+        return Device(cores, warps=12, csl_teams=5)
+    return Device(cores, warps=6, csl_teams=2)  # 99 KB on 8.6, 8.9 and 12.x
 
 
 def terms(weight_dtype, token_dtype) -> int:

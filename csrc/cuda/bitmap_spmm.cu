@@ -3,252 +3,501 @@
 //   warp w of a CTA   band strip * warps + w (16 rows), the strip's blocks of 256 columns in turn
 //
 //   values   HBM ==bulk copies==> a ring of shared memory that only this warp uses
-//   masks    HBM --one block ahead--> registers
-//   x        L1: the warps of a CTA go through K side by side and want the same lines
+//   masks    HBM --cp.async, three blocks ahead--> a ring likewise
+//   x        L2  --cp.async, one chunk ahead--> a ring that all warps of the CTA fill and read
 //
-//   block    | wait | tile 0  tile 1  tile 2  tile 3 | refill the ring |
-//   tile     | scan run starts | 32 predicated loads = A fragments | 4 mma a token octet |
+//   tile     | 32 predicated loads = A fragments | scan of the next tile | 4 mma a token octet |
+//            | the next tile's values there? else refill the ring, wait                        |
 //
-// Warps never meet: no CTA barrier, no producer warp. A ring holds blocks of any size
-// back to back, so a dense block next to an empty one costs no slot.
+// The values of a band are contiguous, so they come as a stream of stages of 2 KB that know
+// nothing of blocks: a warp waits for, and refills, a stage when a tile runs into the next one.
 #include "../bitmap.h"
+#include "bitmap_scan.cuh"
 #include "ring.cuh"
 #include "strips.cuh"
 
 namespace flashllm::cuda {
 namespace {
 
+using bitmap::kBlockCols;
 using bitmap::kBlockTiles;
 
-constexpr int kBlockBytes = bitmap::kBlockWeights * 2;  // of values, at 0% sparsity
 constexpr int kMaxWarps = 16;
-constexpr int kBarrierBytes = kMaxWarps * kSlots * 8;
+constexpr int kWalkFrom = 4;  // octets of tokens: their sums leave no registers for pairs' starts
+constexpr int kStages = 4;
+constexpr uint32_t kStageBytes = 2048;  // a full tile
+constexpr uint32_t kRingBytes = kStages * kStageBytes;
+constexpr uint32_t kRingTail = 16;  // a lane's run that crosses the end: the first bytes again
+constexpr int kMaskBlocks = 4;
+constexpr uint32_t kMaskBlockBytes = kBlockTiles * 128;
+constexpr uint32_t kWarpBytes = kMaskBlocks * kMaskBlockBytes + kRingBytes + kRingTail;
+// Masks that lie (garbage) may send a lane past the end of its ring: into its masks, no further.
+static_assert(kMaskBlocks * kMaskBlockBytes >= kStageBytes);
 
-// Offsets that lie (garbage) may send a lane past its block, never past this.
-constexpr int kTailBytes = kBlockBytes;
+// Of x in shared memory: chunks of kTiles tiles, rows (tokens) 16 bytes longer than that, so that
+// eight lanes of a 16-byte load, two tokens, hit 32 banks.
+// 64 tokens of one tile at a time leave room for six warps in 99 KB, at more waiting.
+constexpr int ChunkTiles(int n8) { return n8 < 4 ? 4 : 2; }
 
-// Two neighbouring weights of a lane, bits kBit and kBit + 1 of its mask, as one register of
-// an A fragment. `run` walks the lane's values of this step.
+template <int kN8, int kChunkTiles>
+struct XRing {
+  static constexpr int kTiles = kChunkTiles;
+  static constexpr int kStages = kN8 < 8 ? 4 : 3;  // three are needed
+  static constexpr int kVectors = kTiles * 8;
+  static constexpr uint32_t kRow = kTiles * 128 + 16;
+  static constexpr uint32_t kStageBytes = kN8 * 8 * kRow;
+  static constexpr uint32_t kBytes = kStages * kStageBytes;
+};
+constexpr int kMaxXStages = 4;
+
+__host__ __device__ constexpr uint32_t ControlBytes(int warps) {
+  return ((kMaxXStages + warps * kStages) * 8 + 127) / 128 * 128;
+}
+
+template <int kN8, int kChunkTiles = ChunkTiles(kN8)>
+constexpr size_t SharedBytes(int warps) {
+  return ControlBytes(warps) + XRing<kN8, kChunkTiles>::kBytes + warps * kWarpBytes;
+}
+
+// ---- unpack ----
+
 template <int kBit>
-__device__ __forceinline__ uint32_t TakePair(uint32_t mask, uint32_t& run) {
-  uint32_t pair = 0;
+__device__ __forceinline__ uint32_t Take(uint32_t mask, uint32_t address) {
+  uint32_t v = 0;
+  if (mask & (1u << kBit)) v = ptx::LoadShared16(address);
+  return v;
+}
+
+// One register of a fragment: two neighbouring weights. The first starts the pair's run, the
+// second ends it.
+template <int kBit>
+__device__ __forceinline__ uint32_t TakePair(uint32_t mask, uint32_t start, uint32_t end) {
+  return ptx::PackHalves(Take<kBit>(mask, start), Take<kBit + 1>(mask, end - 2));
+}
+
+template <int kStep>
+__device__ __forceinline__ void TakeStep(uint32_t mask, const Starts (&pairs)[5],
+                                         uint32_t (&a)[4]) {
+  constexpr int i = kStartOfStep[kStep], kBit = 8 * kStep;
+  // Registers: row g and g + 8, columns 0-1; then columns 2-3.
+  a[0] = TakePair<kBit>(mask, pairs[0][i], pairs[1][i]);
+  a[2] = TakePair<kBit + 2>(mask, pairs[1][i], pairs[2][i]);
+  a[1] = TakePair<kBit + 4>(mask, pairs[2][i], pairs[3][i]);
+  a[3] = TakePair<kBit + 6>(mask, pairs[3][i], pairs[4][i]);
+}
+
+// The same with one address that walks the step's values: fewer registers, more to wait for.
+template <int kBit>
+__device__ __forceinline__ uint32_t WalkPair(uint32_t mask, uint32_t& run) {
+  uint32_t lo = 0, hi = 0;
   if (mask & (1u << kBit)) {
-    pair = ptx::LoadShared16(run);
+    lo = ptx::LoadShared16(run);
     run += 2;
   }
   if (mask & (2u << kBit)) {
-    pair += ptx::LoadShared16(run) << 16;
+    hi = ptx::LoadShared16(run);
     run += 2;
   }
-  return pair;
+  return ptx::PackHalves(lo, hi);
 }
 
-// Counts the bits of each byte.
-__device__ __forceinline__ uint32_t ByteCounts(uint32_t m) {
-  m -= (m >> 1) & 0x55555555u;
-  m = (m & 0x33333333u) + ((m >> 2) & 0x33333333u);
-  return (m + (m >> 4)) & 0x0f0f0f0fu;
+template <int kStep>
+__device__ __forceinline__ void WalkStep(uint32_t mask, uint32_t run, uint32_t (&a)[4]) {
+  a[0] = WalkPair<8 * kStep>(mask, run);
+  a[2] = WalkPair<8 * kStep + 2>(mask, run);
+  a[1] = WalkPair<8 * kStep + 4>(mask, run);
+  a[3] = WalkPair<8 * kStep + 6>(mask, run);
 }
 
-// Starts of the lane's four runs. A step's counts over the lanes below sum to at most 248, so
-// the four sums never carry into each other once the lane's own are taken off.
-// `run` is the tile's first byte before, the next tile's after.
-__device__ __forceinline__ void RunStarts(uint32_t mask, uint32_t& run, uint32_t (&starts)[4]) {
-  const uint32_t own = ByteCounts(mask);
-  uint32_t below = own;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) ptx::ScanStep(below, distance);
-  below -= own;
-  const uint32_t last_below = __shfl_sync(~0u, below, 31), last_own = __shfl_sync(~0u, own, 31);
-  // __dp4a adds chosen bytes, times two: counts to byte addresses.
-  starts[0] = __dp4a(below, 0x00000002u, run);
-  starts[1] = __dp4a(below, 0x00000200u, __dp4a(last_below, 0x2u, __dp4a(last_own, 0x2u, run)));
-  starts[2] = __dp4a(below, 0x00020000u, __dp4a(last_below, 0x202u, __dp4a(last_own, 0x202u, run)));
-  starts[3] =
-      __dp4a(below, 0x02000000u, __dp4a(last_below, 0x20202u, __dp4a(last_own, 0x20202u, run)));
-  run = __dp4a(last_below, 0x02020202u, __dp4a(last_own, 0x02020202u, run));
-}
+// ---- the stream of values ----
 
-template <int kRow, int kHalf>
-__device__ __forceinline__ void TakePairs(uint32_t mask, uint32_t (&run)[4], uint32_t (&a)[4][4]) {
-  // Register of a fragment: row g or g + 8, columns 0-1 or 2-3. The four steps are
-  // independent chains of loads, so they go side by side.
-  constexpr int kRegister = kRow + 2 * kHalf, kBit = 4 * kRow + 2 * kHalf;
-  a[0][kRegister] = TakePair<kBit>(mask, run[0]);
-  a[1][kRegister] = TakePair<kBit + 8>(mask, run[1]);
-  a[2][kRegister] = TakePair<kBit + 16>(mask, run[2]);
-  a[3][kRegister] = TakePair<kBit + 24>(mask, run[3]);
-}
+// A warp's values, segment after segment; a segment is a CTA's part of a strip. All lanes hold
+// the same, in uniform registers.
+//
+// Addresses count on past the end of the ring and fall back by its size when the stage at its
+// start is waited for: `Wait` then says true.
+struct Stream {
+  const Args& a;
+  int warp, strip0, block0, count, segments;
+  uint32_t base, barriers;
 
-template <bool kBf16, int kN8>
-__global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_constant__ Args a) {
-  extern __shared__ __align__(128) uint8_t shared[];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = blockIdx.y;
-  const int cta = CtaIndex(a);
-  const int64_t unit0 = FirstUnit(a, cta);
-  const int count = static_cast<int>(FirstUnit(a, cta + 1) - unit0);
-  ptx::LaunchDependents();
-  if (count == 0) return;
+  // The producer: one segment ahead of the consumer at most.
+  const uint8_t* src = nullptr;
+  uint32_t left = 0;                      // vectors of 16 bytes of the open segment to issue
+  uint32_t first = 0, vectors = 0;        // of the open segment
+  uint32_t next_first = 0, next_end = 0;  // of the one after, as loaded
+  int opened = -1;                        // segments
+  uint32_t issued = 0;                    // stages
+  // The consumer.
+  int segment = 0;
+  uint32_t waited = 0;            // stages
+  uint32_t ready = 0, limit = 0;  // addresses: landed up to here, and the segment's end
+  uint32_t origin = 0;            // of vector 0 of `values`
 
-  Ring ring;
-  uint32_t starts = 0;  // lane s: where slot s starts
-  ring.bytes = a.ring_bytes;
-  ring.barriers = ptx::SharedAddress(shared) + warp * kSlots * 8;
-  ring.base = ptx::SharedAddress(shared) + kBarrierBytes + warp * a.ring_bytes;
-  if (lane < kSlots) {
-#if __CUDA_ARCH__ >= 900
-    ptx::BarrierInit(ring.barriers + lane * 8, 1);
-#else
-    ptx::BarrierInit(ring.barriers + lane * 8, 32);
-#endif
+  __device__ int BandAt(int seg) const { return (strip0 + seg) * a.warps + warp; }
+
+  __device__ void Look(int seg) {
+    const int band = BandAt(seg);
+    next_first = next_end = 0;
+    if (seg >= segments || band >= a.bands) return;
+    const uint32_t* p = a.offsets + int64_t(band / a.shard_bands) * a.shard_offsets +
+                        int64_t(band % a.shard_bands) * a.blocks;
+    next_first = __ldg(p + (seg ? 0 : block0));
+    next_end = __ldg(p + min(a.blocks, block0 + count - seg * a.blocks));
   }
-  ptx::FenceBarrierInit();
-  __syncwarp();
 
-  const int strip0 = static_cast<int>(unit0 / a.blocks);
-  const int block0 = static_cast<int>(unit0 % a.blocks);
+  __device__ void Open() {
+    ++opened;
+    const uint32_t capacity = static_cast<uint32_t>(min(a.capacity, int64_t(0xffffffffu)));
+    // The shuffles tell the compiler that all lanes agree.
+    first = __shfl_sync(~0u, min(next_first, capacity), 0);
+    const uint32_t end = __shfl_sync(~0u, min(next_end, capacity), 0);
+    left = vectors = end > first ? end - first : 0;
+    src = reinterpret_cast<const uint8_t*>(a.values) +
+          (int64_t(BandAt(opened) / a.shard_bands) * a.capacity + first) * 16;
+    Look(opened + 1);
+  }
 
-  // ---- load: values, as far ahead as the ring holds ----
-  // Lane l of a batch knows where unit 32 batch + l lies: its first vector of 8, and how many.
-  int64_t first = 0;
-  uint32_t vectors = 0;
-  int batch = -1;
-  auto locate = [&](int next) {
-    const int unit = block0 + next * 32 + lane;
-    const int strip = strip0 + unit / a.blocks, block = unit % a.blocks;
-    const int band = strip * a.warps + warp;
-    vectors = 0;
-    if (next * 32 + lane < count && band < a.bands) {
-      const int shard = band / a.shard_bands;
-      const int64_t at =
-          int64_t(shard) * a.shard_offsets + int64_t(band % a.shard_bands) * a.blocks + block;
-      const int64_t begin = min(int64_t(__ldg(a.offsets + at)), a.capacity);
-      const int64_t end = min(int64_t(__ldg(a.offsets + at + 1)), a.capacity);
-      first = shard * a.capacity + begin;
-      vectors = static_cast<uint32_t>(max(int64_t(0), min(end - begin, int64_t(kBlockBytes / 16))));
-    }
-    batch = next;
-  };
-  auto refill = [&] {
-    while (ring.issued < count) {
-      if (ring.issued >> 5 != batch) locate(ring.issued >> 5);
-      const uint32_t n = __shfl_sync(~0u, vectors, ring.issued & 31);
-      uint32_t start;
-      if (!ring.Claim(n * 16, &start)) break;
-      const int64_t from = __shfl_sync(~0u, first, ring.issued & 31);
-      const int slot = ring.issued % kSlots;
-      if (lane == slot) starts = start;
-      const uint32_t barrier = ring.barriers + slot * 8, dst = ring.base + start;
-      const uint16_t* src = a.values + from * 8;
+  // Issues stages until `kStages - 1` are under way: the one before them is being read.
+  __device__ __forceinline__ void Fill(int lane) {
+    while (issued - waited < kStages - 1) {
+      if (left == 0) {
+        if (opened > segment || opened + 1 >= segments) break;
+        Open();
+        continue;
+      }
+      const uint32_t n = min(left, kStageBytes / 16), slot = issued % kStages;
+      const uint32_t barrier = barriers + slot * 8, dst = base + slot * kStageBytes;
 #if __CUDA_ARCH__ >= 900
-      if (lane == 0) {
-        ptx::BarrierExpect(barrier, n * 16);
-        if (n) ptx::BulkCopy(dst, src, n * 16, barrier);
+      if (ptx::Elect()) {
+        ptx::BarrierExpect(barrier, n * 16 + (slot ? 0 : kRingTail));
+        ptx::BulkCopy(dst, src, n * 16, barrier);
+        if (slot == 0) ptx::BulkCopy(base + kRingBytes, src, kRingTail, barrier);
       }
 #else
-      for (uint32_t v = lane; v < n; v += 32) ptx::CopyAsync16(dst + v * 16, src + v * 8);
+      for (uint32_t v = lane; v < n; v += 32) ptx::CopyAsync16(dst + v * 16, src + v * 16);
+      if (slot == 0 && lane == 0) ptx::CopyAsync16(base + kRingBytes, src);
       ptx::CopyAsyncArrive(barrier);
 #endif
-      ++ring.issued;
+      src += kStageBytes;
+      left -= n;
+      ++issued;
     }
-  };
+  }
 
-  // ---- load: masks, one block ahead ----
-  auto load_masks = [&](int strip, int block, uint32_t (&masks)[kBlockTiles]) {
-    const int band = strip * a.warps + warp;
-    const int tile = block * kBlockTiles;
-    const uint32_t* p = a.index + (int64_t(band) * a.tiles + tile) * 32 + lane;
+  // The consumer enters the open segment, at `limit`.
+  __device__ void Enter() {
+    origin = limit - first * 16;
+    limit += (vectors * 16 + kStageBytes - 1) / kStageBytes * kStageBytes;
+  }
+
+  // Waits for the next stage. The one before the last is read no more.
+  __device__ __forceinline__ bool Wait(int lane) {
+    __syncwarp();
+    Fill(lane);
+    ptx::BarrierWait(barriers + waited % kStages * 8, waited / kStages & 1);
+    const bool wraps = waited % kStages == 0 && waited != 0;
+    if (wraps) ready -= kRingBytes, limit -= kRingBytes, origin -= kRingBytes;
+    ready += kStageBytes;
+    ++waited;
+    return wraps;
+  }
+};
+
+// ---- epilogue ----
+
+// Ends a segment, as strips.cuh's Flush does, but asks for all other CTAs' flags, and for four
+// CTAs' sums, at a time.
+template <int kN8>
+__device__ inline void Finish(const Args& a, int cta, int group, int strip, int ordinal, int begin,
+                              bool ends, int warp, int lane, float (&acc)[kN8][4]) {
+  const bool publish = a.keep_all || begin != 0;
+  const int slot = a.keep_all ? min(ordinal, a.slots - 1) : 0;
+  float4* const partial = reinterpret_cast<float4*>(a.partial) + lane;
+  const int last = publish || ends ? cta : CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
+  if (last > cta) {
+    for (int c = cta + 1 + lane; c <= last; c += 32)
+      while (!ptx::LoadAcquire(a.flags + c * a.warps + warp)) {
+      }
+    __syncwarp();
+    constexpr int kAtATime = 4;
+    const int64_t stride = PartialIndex(a, group, 1, 0, 0, 0) - PartialIndex(a, group, 0, 0, 0, 0);
+    const float4* from = partial + PartialIndex(a, group, cta + 1, 0, warp, 0);
+    for (int c = cta + 1; c <= last; c += kAtATime, from += kAtATime * stride) {
 #pragma unroll
-    for (int i = 0; i < kBlockTiles; ++i)
-      masks[i] = band < a.bands && tile + i < a.tiles ? ptx::LoadStream4(p + i * 32) : 0;
-  };
-
-  int strip = strip0, block = block0, segment = block0, ordinal = 0;
-  uint32_t next_masks[kBlockTiles];
-  refill();
-  load_masks(strip, block, next_masks);
-  ptx::WaitForPrevious();  // weights depend on nothing before this kernel; x may
-
-  float acc[1][kN8][4] = {};
-  // The lane's 32 bytes of a token in a tile are its B fragments of the four steps.
-  const int token = group * kN8 * 8 + (lane >> 2);
-  const uint16_t* x_lane = a.x + token * a.x_stride + (lane & 3) * 16;
-
-  for (int i = 0; i < count; ++i) {
-    uint32_t masks[kBlockTiles];
+      for (int n8 = 0; n8 < kN8; ++n8) {
+        float4 p[kAtATime];
 #pragma unroll
-    for (int j = 0; j < kBlockTiles; ++j) masks[j] = next_masks[j];
-    const bool strip_ends = block + 1 == a.blocks;
-    if (i + 1 < count) {
-      load_masks(strip + strip_ends, strip_ends ? 0 : block + 1, next_masks);
-    }
-
-    const int slot = i % kSlots;
-    const uint32_t start = __shfl_sync(~0u, starts, slot);
-    uint32_t run = ring.base + start;
-    ptx::BarrierWait(ring.barriers + slot * 8, (i / kSlots) & 1);
-
-#pragma unroll 1
-    for (int j = 0; j < kBlockTiles; ++j) {
-      const int tile = block * kBlockTiles + j;
-      if (tile >= a.tiles) break;
-      const uint32_t mask = masks[0];
+        for (int i = 0; i < kAtATime; ++i)
+          if (c + i <= last) p[i] = __ldcg(from + i * stride + n8 * 32);
 #pragma unroll
-      for (int m = 0; m + 1 < kBlockTiles; ++m) masks[m] = masks[m + 1];
-
-      constexpr int kAhead = kN8 < 4 ? kN8 : 4;  // octets of x in registers while W is decoded
-      uint4 x[kAhead][2];
-      auto load_x = [&](int n8, uint4(&to)[2]) {
-        const uint16_t* p = x_lane + n8 * 8 * a.x_stride + tile * 64;
-        to[0] = to[1] = make_uint4(0, 0, 0, 0);
-        if (token + n8 * 8 < a.tokens) {
-          to[0] = ptx::LoadCached16(p);
-          to[1] = ptx::LoadCached16(p + 8);
+        for (int i = 0; i < kAtATime; ++i) {
+          if (c + i > last) break;
+          acc[n8][0] += p[i].x, acc[n8][1] += p[i].y, acc[n8][2] += p[i].z, acc[n8][3] += p[i].w;
         }
+      }
+    }
+  }
+  float4* const to = partial + PartialIndex(a, group, cta, slot, warp, 0);
+  const Band band = BandOf(a, strip * a.warps + warp);
+#pragma unroll
+  for (int n8 = 0; n8 < kN8; ++n8) {
+    const float4 sum = make_float4(acc[n8][0], acc[n8][1], acc[n8][2], acc[n8][3]);
+    acc[n8][0] = acc[n8][1] = acc[n8][2] = acc[n8][3] = 0.0f;
+    if (publish)
+      to[n8 * 32] = sum;
+    else
+      StoreFragment(a, band, (group * kN8 + n8) * 8, lane, sum);
+  }
+  if (publish && !a.keep_all) {
+    __threadfence();
+    __syncwarp();
+    if (lane == 0) ptx::StoreRelease(a.flags + cta * a.warps + warp, 1);
+  }
+}
+
+// ---- main loop ----
+
+template <bool kBf16, int kN8, int kChunkTiles = ChunkTiles(kN8)>
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_constant__ Args a) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  using X = XRing<kN8, kChunkTiles>;
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = ptx::Keep(threadIdx.x & 31);
+  const int group = blockIdx.y, cta = CtaIndex(a);
+  const int64_t unit0 = FirstUnit(a, cta);
+  // Shuffles tell the compiler what all lanes have in common.
+  const int count = __shfl_sync(~0u, static_cast<int>(FirstUnit(a, cta + 1) - unit0), 0);
+  ptx::LaunchDependents();
+  if (count == 0) return;
+  const int strip0 = __shfl_sync(~0u, static_cast<int>(unit0 / a.blocks), 0);
+  const int block0 = __shfl_sync(~0u, static_cast<int>(unit0 % a.blocks), 0);
+
+  // ---- shared memory ----
+  const uint32_t x_barriers = ptx::SharedAddress(shared);
+  const uint32_t x_ring = x_barriers + ControlBytes(a.warps);
+  const uint32_t values = x_ring + X::kBytes + warp * kWarpBytes;
+  const uint32_t mask_ring = values + kRingBytes + kRingTail;
+  const uint32_t barriers = x_barriers + (kMaxXStages + warp * kStages) * 8;
+  if (threadIdx.x < X::kStages) ptx::BarrierInit(x_barriers + threadIdx.x * 8, a.warps * 32);
+#if __CUDA_ARCH__ >= 900
+  if (lane < kStages) ptx::BarrierInit(barriers + lane * 8, 1);
+#else
+  if (lane < kStages) ptx::BarrierInit(barriers + lane * 8, 32);
+#endif
+  ptx::FenceBarrierInit();
+  __syncthreads();
+
+  // ---- load: values ----
+  Stream stream = {a,      warp,    strip0, block0, count, (block0 + count - 1) / a.blocks + 1,
+                   values, barriers};
+  stream.ready = stream.limit = values;
+  stream.Look(0);
+
+  // ---- load: masks, a block a group of copies ----
+  int load_block = block0, load_band = stream.BandAt(0), loaded = 0;
+  const uint32_t* mask_row = a.index + int64_t(load_band) * a.tiles * 32 + lane * 4;
+  const uint32_t mask_to = ptx::Keep(mask_ring + lane * 16);
+  auto load_masks = [&] {
+    if (loaded < count) {
+      const uint32_t to = mask_to + uint32_t(loaded) % kMaskBlocks * kMaskBlockBytes;
+      if (load_band < a.bands && load_block * kBlockTiles + (lane >> 3) < a.tiles)
+        ptx::CopyAsync16(to, mask_row + load_block * (kBlockTiles * 32));
+      else
+        ptx::ZeroShared128(to);
+      ++loaded;
+      if (++load_block == a.blocks) {
+        load_block = 0;
+        load_band += a.warps;
+        mask_row += int64_t(a.warps) * a.tiles * 32;
+      }
+    }
+    ptx::CopyAsyncCommit();
+  };
+  load_masks(), load_masks(), load_masks();
+  stream.Open();
+  stream.Enter();
+  stream.Fill(lane);
+
+  // ---- load: x, a warp a row ----
+  const int tokens = min(a.tokens - group * kN8 * 8, kN8 * 8);
+  const int x_rows = warp < tokens ? (tokens - warp + a.warps - 1) / a.warps : 0;
+  const uint16_t* const x_from =
+      ptx::Keep(a.x + (int64_t(group) * kN8 * 8 + warp) * a.x_stride + lane * 8);
+  const uint32_t x_to = ptx::Keep(x_ring + warp * X::kRow + lane * 16);
+  uint32_t x_loaded = 0;
+  auto load_x = [&](int col) {
+    const uint32_t slot = x_loaded++ % X::kStages;
+    if (X::kVectors == 32 || lane < X::kVectors) {
+      uint32_t to = x_to + slot * X::kStageBytes;
+      const uint16_t* from = x_from + col;
+      const bool inside = col + lane * 8 < a.x_stride;
+#pragma unroll 1
+      for (int row = 0; row < x_rows; ++row) {
+        if (inside)
+          ptx::CopyAsync16(to, from);
+        else
+          ptx::ZeroShared128(to);
+        to += a.warps * X::kRow;
+        from += a.warps * a.x_stride;
+      }
+    }
+    ptx::CopyAsyncArrive(x_barriers + slot * 8);
+  };
+  // Weights depend on nothing before this kernel; x may.
+  ptx::WaitForPrevious();
+  load_x(block0 * kBlockCols);
+
+  // The lane's 32 bytes of a token in a tile are its B fragments of the four steps. A first octet
+  // that is not full reads its last token again; other octets read what lies there: a column of
+  // mma that is never stored.
+  const int x_token = kN8 == 1 ? min(lane >> 2, tokens - 1) : lane >> 2;
+  const uint32_t x_lane = ptx::Keep(x_ring + x_token * X::kRow + (lane & 3) * 32);
+  const uint32_t mask_lane = ptx::Keep(mask_ring + lane * 4);
+  const RunScan scan(lane);
+
+  float acc[kN8][4] = {};
+  Starts runs, tile = {int(values), int(values), int(values), int(values)};  // the next tile
+
+  // Waits for the values of the tile whose runs these are. `tile` is its end.
+  auto await = [&] {
+    while (__any_sync(~0u, int(tile[0] - stream.ready) > 0)) {
+      if (stream.ready == stream.limit) {  // masks that lie
+        tile[0] = tile[1] = tile[2] = tile[3] = stream.limit;
+        break;
+      }
+      if (!stream.Wait(lane)) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (runs[i] >= int(values + kRingBytes)) runs[i] -= kRingBytes;
+        tile[i] -= kRingBytes;
+      }
+    }
+  };
+  ptx::CopyAsyncWait<2>();
+  __syncwarp();
+  Word mask(ptx::LoadShared32(mask_lane));
+  uint32_t next_mask = ptx::LoadShared32(mask_lane + 128);
+  scan.Tile(mask, tile, runs, tile);
+  await();
+
+  const uint32_t* offset = a.offsets;  // of the current block's end
+  auto seek = [&](int band) {
+    band = min(band, a.bands - 1);
+    offset = a.offsets + int64_t(band / a.shard_bands) * a.shard_offsets +
+             int64_t(band % a.shard_bands) * a.blocks + 1;
+  };
+  seek(stream.BandAt(0));
+  offset += block0;
+
+  int strip = strip0, block = block0, begin = block0, ordinal = 0;
+  uint32_t chunk = 0;
+  for (int i = 0; i < count; ++i) {
+    const bool strip_ends = block + 1 == a.blocks;
+    const int next_block = strip_ends ? 0 : block + 1;
+    uint32_t block_end = 0;
+    load_masks();
+    ptx::CopyAsyncWait<2>();  // the next block's are there
+    __syncwarp();
+    const uint32_t masks_here = mask_lane + uint32_t(i) % kMaskBlocks * kMaskBlockBytes;
+    const uint32_t masks_next = mask_lane + uint32_t(i + 1) % kMaskBlocks * kMaskBlockBytes;
+    uint32_t x_at = 0;
+
+#pragma unroll
+    for (int j = 0; j < kBlockTiles; ++j) {
+      if (j % X::kTiles == 0) {
+        // All warps have begun this chunk's predecessor, so none reads the one before that.
+        const uint32_t slot = chunk % X::kStages;
+        ptx::BarrierWait(x_barriers + slot * 8, chunk / X::kStages & 1);
+        ++chunk;
+        x_at = x_lane + slot * X::kStageBytes;
+        load_x(j + X::kTiles < kBlockTiles ? block * kBlockCols + (j + X::kTiles) * 64
+                                           : next_block * kBlockCols);
+      }
+      constexpr int kAhead = kN8 == 2 ? 2 : 1;  // octets of x in registers
+      uint4 x[kAhead][2];
+      auto get_x = [&](int n8, uint4(&to)[2]) {
+        const uint32_t from = x_at + j % X::kTiles * 128 + n8 * 8 * X::kRow;
+        to[0] = ptx::LoadShared128(from);
+        to[1] = ptx::LoadShared128(from + 16);
       };
 #pragma unroll
-      for (int n8 = 0; n8 < kAhead; ++n8) load_x(n8, x[n8]);
+      for (int n8 = 0; n8 < kAhead; ++n8) get_x(n8, x[n8]);
+      const uint32_t after =
+          ptx::LoadShared32(j < 2 ? masks_here + (j + 2) * 128 : masks_next + (j - 2) * 128);
+
+      if (j == 1) block_end = __ldg(offset++);
 
       // ---- unpack ----
-      uint32_t runs[4], fragments[4][4];
-      RunStarts(mask, run, runs);
-      TakePairs<0, 0>(mask, runs, fragments);
-      TakePairs<0, 1>(mask, runs, fragments);
-      TakePairs<1, 0>(mask, runs, fragments);
-      TakePairs<1, 1>(mask, runs, fragments);
+      uint32_t fragments[4][4];
+      if constexpr (kN8 >= kWalkFrom) {
+        WalkStep<0>(mask.a[0], runs[kStartOfStep[0]], fragments[0]);
+        WalkStep<1>(mask.a[0], runs[kStartOfStep[1]], fragments[1]);
+        WalkStep<2>(mask.a[0], runs[kStartOfStep[2]], fragments[2]);
+        WalkStep<3>(mask.a[0], runs[kStartOfStep[3]], fragments[3]);
+      } else {
+        Starts pairs[5];
+#pragma unroll
+        for (int s = 0; s < 4; ++s) pairs[0][s] = runs[s];
+        scan.Pair<1>(mask, runs, pairs[1]);
+        scan.Pair<2>(mask, runs, pairs[2]);
+        scan.Pair<3>(mask, runs, pairs[3]);
+        scan.Pair<4>(mask, runs, pairs[4]);
+        TakeStep<0>(mask.a[0], pairs, fragments[0]);
+        TakeStep<1>(mask.a[0], pairs, fragments[1]);
+        TakeStep<2>(mask.a[0], pairs, fragments[2]);
+        TakeStep<3>(mask.a[0], pairs, fragments[3]);
+      }
+
+      // ---- the next tile ----
+      if (j == kBlockTiles - 1) {
+        if (strip_ends || i + 1 == count) {
+          while (stream.ready != stream.limit) stream.Wait(lane);  // what offsets skip
+          tile[0] = stream.limit;
+          if (i + 1 < count) {
+            if (stream.opened == stream.segment) stream.Open();
+            ++stream.segment;
+            stream.Enter();
+          }
+        } else {
+          // Blocks start on 16 bytes, or where offsets say; unless they lie.
+          const uint32_t to = stream.origin + block_end * 16;
+          if (to - tile[0] <= stream.limit - tile[0]) tile[0] = to;
+        }
+        tile[1] = tile[2] = tile[3] = tile[0];
+      }
+      mask = Word(next_mask);
+      scan.Tile(mask, tile, runs, tile);
 
       // ---- mma ----
 #pragma unroll
       for (int n8 = 0; n8 < kN8; ++n8) {
         uint4(&b)[2] = x[n8 % kAhead];
-        ptx::Mma<kBf16>(acc[0][n8], fragments[0], b[0].x, b[0].y);
-        ptx::Mma<kBf16>(acc[0][n8], fragments[1], b[0].z, b[0].w);
-        ptx::Mma<kBf16>(acc[0][n8], fragments[2], b[1].x, b[1].y);
-        ptx::Mma<kBf16>(acc[0][n8], fragments[3], b[1].z, b[1].w);
-        if (n8 + kAhead < kN8) load_x(n8 + kAhead, b);
+        ptx::Mma<kBf16>(acc[n8], fragments[0], b[0].x, b[0].y);
+        ptx::Mma<kBf16>(acc[n8], fragments[1], b[0].z, b[0].w);
+        ptx::Mma<kBf16>(acc[n8], fragments[2], b[1].x, b[1].y);
+        ptx::Mma<kBf16>(acc[n8], fragments[3], b[1].z, b[1].w);
+        if (n8 + kAhead < kN8) get_x(n8 + kAhead, b);
       }
+      next_mask = after;
+      if (j < kBlockTiles - 1 || i + 1 < count) await();
     }
-
-    // ---- release ----
-    __syncwarp();  // every lane has read its runs before the copy engine writes over them
-    ++ring.taken;
-    ring.tail = __shfl_sync(~0u, starts, ring.taken % kSlots);
-    refill();
 
     if (strip_ends || i + 1 == count) {
-      Flush(a, cta, group, strip, ordinal, segment, strip_ends, warp, lane, acc);
+      Finish(a, cta, group, strip, ordinal, begin, strip_ends, warp, lane, acc);
       ++ordinal;
-      segment = 0;
+      begin = 0;
+      if (i + 1 < count) seek(stream.BandAt(stream.segment));
     }
-    block = strip_ends ? 0 : block + 1;
+    block = next_block;
     strip += strip_ends;
   }
+  ptx::CopyAsyncWait<0>();
 }
 
 template <bool kBf16, typename F>
 cudaError_t ForEachKernel(F f) {
   for (auto kernel : {BitmapKernel<kBf16, 1>, BitmapKernel<kBf16, 2>, BitmapKernel<kBf16, 4>,
-                      BitmapKernel<kBf16, 8>})
+                      BitmapKernel<kBf16, 8>, BitmapKernel<kBf16, 8, 1>})
     if (cudaError_t e = f(kernel)) return e;
   return cudaSuccess;
 }
@@ -268,34 +517,35 @@ cudaError_t InitializeBitmap(bool* overlap) {
   return ForEachKernel<true>(raise);
 }
 
-cudaError_t BitmapSpmm(cudaStream_t stream, const Args& args, bool bf16, bool overlap) {
-  Args a = args;
+cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap) {
   int shared;
   if (cudaError_t e = MaxShared(&shared)) return e;
-  a.ring_bytes = (shared - kBarrierBytes - kTailBytes) / a.warps / kRingAlign * kRingAlign;
-  if (a.warps > kMaxWarps || a.ring_bytes < kBlockBytes) return cudaErrorInvalidValue;
-  const size_t bytes = kBarrierBytes + size_t(a.ring_bytes) * a.warps + kTailBytes;
+  if (a.warps > kMaxWarps) return cudaErrorInvalidValue;
   const dim3 grid(a.ctas, a.groups);
-  auto launch = [&](auto kernel) {
+  auto launch = [&](auto kernel, size_t bytes) {
+    if (bytes > size_t(shared)) return cudaErrorInvalidValue;
     return Launch(stream, kernel, grid, a.warps * 32, bytes, overlap, a);
   };
+  if (a.group == 64 && SharedBytes<8>(a.warps) > size_t(shared))
+    return launch(bf16 ? BitmapKernel<true, 8, 1> : BitmapKernel<false, 8, 1>,
+                  SharedBytes<8, 1>(a.warps));
   switch (a.group * 2 + bf16) {
     case 16:
-      return launch(BitmapKernel<false, 1>);
+      return launch(BitmapKernel<false, 1>, SharedBytes<1>(a.warps));
     case 17:
-      return launch(BitmapKernel<true, 1>);
+      return launch(BitmapKernel<true, 1>, SharedBytes<1>(a.warps));
     case 32:
-      return launch(BitmapKernel<false, 2>);
+      return launch(BitmapKernel<false, 2>, SharedBytes<2>(a.warps));
     case 33:
-      return launch(BitmapKernel<true, 2>);
+      return launch(BitmapKernel<true, 2>, SharedBytes<2>(a.warps));
     case 64:
-      return launch(BitmapKernel<false, 4>);
+      return launch(BitmapKernel<false, 4>, SharedBytes<4>(a.warps));
     case 65:
-      return launch(BitmapKernel<true, 4>);
+      return launch(BitmapKernel<true, 4>, SharedBytes<4>(a.warps));
     case 128:
-      return launch(BitmapKernel<false, 8>);
+      return launch(BitmapKernel<false, 8>, SharedBytes<8>(a.warps));
     case 129:
-      return launch(BitmapKernel<true, 8>);
+      return launch(BitmapKernel<true, 8>, SharedBytes<8>(a.warps));
     default:
       return cudaErrorInvalidValue;
   }

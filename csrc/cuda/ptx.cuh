@@ -127,6 +127,16 @@ __device__ __forceinline__ void CopyAsync16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
 
+__device__ __forceinline__ void CopyAsyncCommit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for all groups of this thread but the last kPending.
+template <int kPending>
+__device__ __forceinline__ void CopyAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Arrives once the copies that this thread has issued so far are done.
 __device__ __forceinline__ void CopyAsyncArrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
@@ -210,6 +220,29 @@ __device__ __forceinline__ void RaiseRegisters() {
 #endif
 }
 
+// v, as something that the compiler cannot compute again.
+__device__ __forceinline__ uint32_t Keep(uint32_t v) {
+  return __shfl_sync(~0u, v, threadIdx.x % 32);
+}
+
+template <typename T>
+__device__ __forceinline__ T* Keep(T* p) {
+  const uint64_t v = reinterpret_cast<uint64_t>(p);
+  return reinterpret_cast<T*>(__shfl_sync(~0u, v, threadIdx.x % 32));
+}
+
+// True in one lane. The compiler knows, and keeps what a bulk copy needs in uniform registers.
+__device__ __forceinline__ bool Elect() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }"
+               : "=r"(elected));
+  return elected;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
+}
+
 // value += the value `distance` lanes below, where there is one: a step of an inclusive scan.
 __device__ __forceinline__ void ScanStep(uint32_t& value, int distance) {
   asm volatile(
@@ -217,6 +250,22 @@ __device__ __forceinline__ void ScanStep(uint32_t& value, int distance) {
       " @p add.u32 %0, %0, t; }"
       : "+r"(value)
       : "r"(distance));
+}
+
+// ---- arithmetic ----
+
+// Bytes of v, named by the selector's digits.
+__device__ __forceinline__ uint32_t Permute(uint32_t v, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(v), "r"(selector));
+  return r;
+}
+
+// On the FMA pipe, where the compiler would take two instructions of the half-rate integer pipe.
+__device__ __forceinline__ uint32_t PackHalves(uint32_t lo, uint32_t hi) {
+  uint32_t v;
+  asm("mad.lo.u32 %0, %1, 65536, %2;" : "=r"(v) : "r"(hi), "r"(lo));
+  return v;
 }
 
 // ---- tensor cores ----
@@ -238,6 +287,43 @@ __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint3
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+
+// d[16 x 8] = the number of bits that row m of a and column n of b have in common, plus c.
+// Rows of 128 bits: four lanes' words side by side.
+__device__ __forceinline__ void CountBits(int (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6},"
+      " {%7, %7, %7, %7};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "r"(0));
+}
+
+// Rows of 256 bits.
+__device__ __forceinline__ void CountBits(int (&d)[4], const int (&c)[4], const uint32_t (&a)[4],
+                                          uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3},"
+      " {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]),
+        "r"(c[2]), "r"(c[3]));
+}
+
+// d = c + a[16 x 16] b[16 x 8] of unsigned bytes.
+__device__ __forceinline__ void MmaBytes(int (&d)[4], const int (&c)[4], const uint32_t (&a)[2],
+                                         uint32_t b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.u8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
+      " {%7, %8, %9, %10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// d += a[16 x 32] b[32 x 8] of unsigned bytes.
+__device__ __forceinline__ void MmaBytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+      " {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 }  // namespace flashllm::cuda::ptx
