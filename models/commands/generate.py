@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from jax_flashllm.models.commands import common
+from jax_flashllm.models.commands import common, distributed
 
 if TYPE_CHECKING:
     from jax_flashllm.models.tokenizer import TextStream
@@ -90,15 +92,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="a line on stderr about time and memory (default: where stderr is a terminal)",
     )
+    distributed.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     path = common.model_path(args.model)
     if "" in args.stop:
         raise ValueError("--stop is empty; pass the text to stop at")
+    if args.distributed and args.prompt is None and args.prompt_file is None:
+        raise ValueError("--distributed needs --prompt or --prompt-file, the same on every host")
     prompt = _prompt(args)
 
     common.cache_compilations()
+    with distributed.joined(args) as out:
+        _continue(args, path, prompt, out)
+
+
+def _continue(args: argparse.Namespace, path: Path, prompt: str, out: TextIO) -> None:
     from jax_flashllm.models import opt
     from jax_flashllm.models.generate import generate
     from jax_flashllm.models.tokenizer import open_tokenizer
@@ -106,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     loading = common.process_age()
     tokenizer = open_tokenizer(path)
     ids = tokenizer.encode(prompt)
-    model = opt.load(path, args.dtype)
+    model = opt.load(path, args.dtype, mesh=distributed.mesh(args))
     loaded = common.process_age()
     most = args.max_new_tokens
     if most is None:
@@ -115,7 +125,8 @@ def run(args: argparse.Namespace) -> None:
 
     # The prompt is shown with the first token: an error before that leaves stdout empty.
     before = prompt if args.echo else ""
-    printer = _Printer(sys.stdout, tokenizer.stream(), args.stop, args.stream, before)
+    # Every process looks for stop texts, or one would leave the others waiting.
+    printer = _Printer(out, tokenizer.stream(), args.stop, args.stream, before)
     with contextlib.suppress(_Stopped):
         generate(
             model,
@@ -129,7 +140,8 @@ def run(args: argparse.Namespace) -> None:
             on_token=lambda tokens: printer.add(int(tokens[0])),
         )
     printer.finish()
-    if sys.stderr.isatty() if args.stats is None else args.stats:
+    silent = isinstance(out, io.StringIO)
+    if not silent and (sys.stderr.isatty() if args.stats is None else args.stats):
         held, dense = common.weight_bytes(model)
         print(_statistics(printer.times, loading, loaded, held, dense), file=sys.stderr)
 
