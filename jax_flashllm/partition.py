@@ -176,12 +176,13 @@ def register(
     batch, for each operand whether it has a leading batch axis, or (); and
     out_sharding, where the result shall lie on an Explicit mesh, or None.
     """
+    name = p.name.removeprefix("flashllm_")
     p.def_impl(functools.partial(xla.apply_primitive, p))
-    p.def_abstract_eval(functools.partial(_abstract, p.name, roles, shape))
+    p.def_abstract_eval(functools.partial(_abstract, name, roles, shape))
     # custom_partitioning has to know the devices; JAX looks for primitives that do.
     dispatch.prim_requires_devices_during_lowering.add(p)
     for platform, local in locals.items():
-        rule = functools.partial(_lower, p.name, roles, local)
+        rule = functools.partial(_lower, name, roles, local)
         mlir.register_lowering(p, rule, platform=platform)
 
 

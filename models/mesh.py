@@ -96,8 +96,10 @@ class Layout:
 
     def put(self, array: np.ndarray, *spec: Any) -> jax.Array:
         """Each device's part of a host array, and nothing else."""
-        sharding = self.sharding(*spec)
-        return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+        # Copied, since a CPU device may keep a view, and with it all of the array.
+        return jax.make_array_from_callback(
+            array.shape, self.sharding(*spec), lambda at: array[at].copy()
+        )
 
     def metadata(self, *spec: Any) -> dict[str, Any]:
         """Of a Variable whose array `put` has placed."""

@@ -52,7 +52,8 @@ def place(w: SparseWeight, sharding: NamedSharding) -> SparseWeight:
 
     def put(b):
         if isinstance(b, np.ndarray):
-            return jax.make_array_from_callback(b.shape, sharding, lambda at: b[at])
+            # Copied, since a CPU device may keep a view, and with it all of b.
+            return jax.make_array_from_callback(b.shape, sharding, lambda at: b[at].copy())
         return jax.device_put(b, sharding)
 
     return jax.tree.map(put, w)
