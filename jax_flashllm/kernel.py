@@ -137,7 +137,9 @@ def _spmm_jvp(primals, tangents, *, activation, batch, **params):
     *index, values, x, bias = primals
     *_, dvalues, dx, dbias = tangents
     linear = partial(spmm_p.bind, activation=None, **params)
-    plain = (*batch[:-1], False) if any(batch[:-1]) else ()  # without the bias
+    # Without the bias, and without the batch axes that it alone has.
+    plain = tuple((*level[:-1], False) for level in batch if any(level[:-1]))
+    missing = [i for i, level in enumerate(batch) if not any(level[:-1])]
     none = jnp.zeros(NO_BIAS, x.dtype)
     z = linear(*index, values, x, bias, batch=batch)
     dz = []
@@ -145,10 +147,10 @@ def _spmm_jvp(primals, tangents, *, activation, batch, **params):
         dz.append(linear(*index, values, dx, none, batch=plain))
     if type(dvalues) is not ad.Zero:
         dz.append(linear(*index, dvalues, x, none, batch=plain))
-    if plain == () and batch:
-        dz = [jnp.broadcast_to(d, z.shape) for d in dz]
+    if missing:
+        dz = [jnp.broadcast_to(jnp.expand_dims(d, missing), z.shape) for d in dz]
     if type(dbias) is not ad.Zero and dbias.size:
-        dims = (0, z.ndim - 1)[-dbias.ndim :]
+        dims = *(i for i, level in enumerate(batch) if level[-1]), z.ndim - 1
         where = partition.explicit(jax.typeof(z))
         dz.append(lax.broadcast_in_dim(dbias.astype(z.dtype), z.shape, dims, out_sharding=where))
     if not dz:
@@ -172,7 +174,8 @@ def _spmm_transpose(ct, *args, activation, batch, out_sharding, **params):
         x_bar = values_bar = None
         if of_x is not None:
             dense = decode_p.bind(*index, values, **alone)
-            x_bar = _dot(ct, dense, (ct.ndim - 1,), (0,), partition.explicit(of_x))
+            where = partition.explicit(of_x, sum(level[3] for level in batch))
+            x_bar = _dot(ct, dense, (ct.ndim - 1,), (0,), where)
             x_bar = x_bar.astype(of_x.dtype)
         if of_values is not None:
             tokens = tuple(range(ct.ndim - 1))
@@ -182,21 +185,22 @@ def _spmm_transpose(ct, *args, activation, batch, out_sharding, **params):
         return values_bar, x_bar
 
     known = [None if ad.is_undefined_primal(a) else a for a in (values, x)]
-    if not batch:
-        values_bar, x_bar = bars(ct, index, *known)
-    else:
-        axes = [0 if b else None for b in batch]
+    for level in reversed(batch):
+        axes = [0 if b else None for b in level]
         of_known = [None if a is None else i for a, i in zip(known, axes[2:4], strict=True)]
-        each = jax.vmap(bars, (0, tuple(axes[:2]), *of_known))(ct, index, *known)
-        # What all elements share gets the sum.
-        values_bar, x_bar = (
-            bar if bar is None or b else bar.sum(0) for bar, b in zip(each, batch[2:4], strict=True)
-        )
+        bars = jax.vmap(bars, (0, tuple(axes[:2]), *of_known))
+    values_bar, x_bar = bars(ct, index, *known)
     bias_bar = None
     if ad.is_undefined_primal(bias) and bias.aval.size:
-        tokens = range(bias.aval.ndim - 1, ct.ndim - 1)
-        bias_bar = ct.sum(tuple(tokens), dtype=jnp.float32).astype(bias.aval.dtype)
-    return [None, None, values_bar, x_bar, bias_bar]
+        bias_bar = ct.sum(tuple(range(len(batch), ct.ndim - 1)), dtype=jnp.float32)
+        bias_bar = _shared(bias_bar, batch, 4).astype(bias.aval.dtype)
+    return [None, None, _shared(values_bar, batch, 2), _shared(x_bar, batch, 3), bias_bar]
+
+
+def _shared(bar, batch, i: int):
+    """Of operand i's cotangent for each element: what elements share gets the sum."""
+    axes = tuple(n for n, level in enumerate(batch) if not level[i])
+    return bar if bar is None or not axes else bar.sum(axes)
 
 
 def _dot(a, b, of_a, of_b, sharding):
@@ -213,17 +217,9 @@ def _batch(p, args, dims, *, batch, out_sharding, **params):
     """Batching for anything batched in W or bias: one call an element, in a loop."""
     moved = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True)]
     flags = tuple(d is not None for d in dims)
-    if not batch:
-        size = next(a for a, b in zip(moved, flags, strict=True) if b)
-        out_sharding = partition.with_leading(out_sharding, size)
-        return p.bind(*moved, batch=flags, out_sharding=out_sharding, **params), 0
-
-    def one(slices):
-        it = iter(slices)
-        each = [next(it) if b else a for a, b in zip(moved, flags, strict=True)]
-        return p.bind(*each, batch=batch, out_sharding=out_sharding, **params)
-
-    return lax.map(one, [a for a, b in zip(moved, flags, strict=True) if b]), 0
+    like = next(a for a, b in zip(moved, flags, strict=True) if b)
+    out_sharding = partition.with_leading(out_sharding, like)
+    return p.bind(*moved, batch=(flags, *batch), out_sharding=out_sharding, **params), 0
 
 
 def _spmm_batch(args, dims, *, batch, out_sharding, **params):
@@ -231,11 +227,10 @@ def _spmm_batch(args, dims, *, batch, out_sharding, **params):
     if bias_dim is None and all(d is None for d in w_dims):
         # More tokens of the same weight: one more axis in front of x's own, one product.
         *rest, x, bias = args
-        x = jnp.moveaxis(x, x_dim, at := int(bool(batch) and batch[3]))
-        if not batch:
-            out_sharding = partition.with_leading(out_sharding, x)
+        x = jnp.moveaxis(x, x_dim, at := sum(level[3] for level in batch))
+        out_sharding = partition.with_leading(out_sharding, x, at, len(batch))
         y = spmm_p.bind(*rest, x, bias, batch=batch, out_sharding=out_sharding, **params)
-        return y, 1 if batch else at
+        return y, len(batch)
     return _batch(spmm_p, args, dims, batch=batch, out_sharding=out_sharding, **params)
 
 
@@ -297,21 +292,19 @@ def _decode_transpose(ct, *args, batch, **params):
     *index, values = args
     if type(ct) is ad.Zero:
         return [None] * len(args)
+    levels = tuple((*level[:-1], True) for level in batch)
     capacity = values.aval.shape[-1]
-    if batch:
-        batch = (*batch[:-1], True)
-    bar = sample_p.bind(*index, ct, batch=batch, capacity=capacity, **params)
-    return [*[None] * len(index), bar if not batch or values.aval.ndim == 3 else bar.sum(0)]
+    bar = sample_p.bind(*index, ct, batch=levels, capacity=capacity, **params)
+    return [*[None] * len(index), _shared(bar, batch, 2)]
 
 
 def _sample_transpose(ct, *args, batch, capacity, **params):
-    *index, dense = args
+    *index, _ = args
     if type(ct) is ad.Zero:
         return [None] * len(args)
-    if batch:
-        batch = (*batch[:-1], True)
-    bar = decode_p.bind(*index, ct, batch=batch, **params)
-    return [*[None] * len(index), bar if not batch or dense.aval.ndim == 3 else bar.sum(0)]
+    levels = tuple((*level[:-1], True) for level in batch)
+    bar = decode_p.bind(*index, ct, batch=levels, **params)
+    return [*[None] * len(index), _shared(bar, batch, 2)]
 
 
 def _decode_roles(*buffers):

@@ -34,8 +34,9 @@ from jax.sharding import PartitionSpec as P
 Axes = tuple[str, ...]
 Spec = tuple[Axes, ...]  # mesh axes of each dimension
 
-# What a dimension is. Numbers from 0 are dimensions of tokens, which x and the result share.
-BLOCK, ROWS, COLUMNS, OWN, BATCH = "block", "rows", "columns", "own", -1
+# What a dimension is. Numbers are dimensions that operands and result share: from 0 those of
+# tokens, below it those of batches.
+BLOCK, ROWS, COLUMNS, OWN = "block", "rows", "columns", "own"
 Roles = tuple[str | int, ...]
 
 
@@ -173,7 +174,7 @@ def register(
     locals: by platform, the op on one device: (*operands, **params) -> result.
 
     All of these see operands without batch axes. `p`'s own parameters besides `params`:
-    batch, for each operand whether it has a leading batch axis, or (); and
+    batch, for each batch axis of the result which operands have it, outermost first; and
     out_sharding, where the result shall lie on an Explicit mesh, or None.
     """
     name = p.name.removeprefix("flashllm_")
@@ -188,9 +189,13 @@ def register(
 
 def _abstract(name, roles, result, /, *avals, batch, out_sharding, **params):
     out = result(*_unbatched(avals, batch), **params)
-    dims = out.shape
-    if batch:
-        dims = next(a.shape[:1] for a, b in zip(avals, batch, strict=True) if b) + dims
+    operands, role_of = _roles(roles, avals, batch)
+    sizes = {
+        role: size
+        for aval, dims in zip(avals, operands, strict=True)
+        for role, size in zip(dims, aval.shape, strict=True)
+    }
+    dims = *(sizes[role] for role in role_of[: len(batch)]), *out.shape
     like = max(avals, key=lambda a: (not a.sharding.mesh.empty, len(a.mat.varying)))
     spec = P(*(None,) * len(dims))
     if like.sharding.mesh.explicit_axes:
@@ -218,32 +223,32 @@ def _lower(name, roles, local, /, ctx, *args, batch, out_sharding, **params):
 
 def _run(local, /, *args, batch, **params):
     """The op on one device, once for each element of a batch."""
-    one = functools.partial(local, **params)
     if not batch:
-        return one(*args)
+        return local(*args, **params)
 
     def element(slices):
         it = iter(slices)
-        return one(*(next(it) if b else a for a, b in zip(args, batch, strict=True)))
+        each = (next(it) if b else a for a, b in zip(args, batch[0], strict=True))
+        return _run(local, *each, batch=batch[1:], **params)
 
-    return lax.map(element, [a for a, b in zip(args, batch, strict=True) if b])
+    return lax.map(element, [a for a, b in zip(args, batch[0], strict=True) if b])
 
 
 def _unbatched(avals, batch):
-    if not batch:
-        return avals
-    return [
-        jax.ShapeDtypeStruct(a.shape[1:] if b else a.shape, a.dtype)
-        for a, b in zip(avals, batch, strict=True)
-    ]
+    for level in batch:
+        avals = [
+            jax.ShapeDtypeStruct(a.shape[1:] if b else a.shape, a.dtype)
+            for a, b in zip(avals, level, strict=True)
+        ]
+    return avals
 
 
 def _roles(roles, avals, batch) -> tuple[Sequence[Roles], Roles]:
     operands, result = roles(*_unbatched(avals, batch))
-    if not batch:
-        return operands, result
-    operands = [(BATCH, *r) if b else r for r, b in zip(operands, batch, strict=True)]
-    return operands, (BATCH, *result)
+    for n, level in reversed(list(enumerate(batch))):
+        operands = [(-1 - n, *r) if b else r for r, b in zip(operands, level, strict=True)]
+        result = (-1 - n, *result)
+    return operands, result
 
 
 def _grid(avals, batch, params) -> tuple[int, int]:
@@ -340,9 +345,11 @@ def _warn_of_gather(name, avals, params) -> None:
         )
 
 
-def explicit(aval) -> NamedSharding | None:
-    """Where an array of this type lies, if its mesh is Explicit."""
-    return aval.sharding if aval.sharding.mesh.explicit_axes else None
+def explicit(aval, batched: int = 0) -> NamedSharding | None:
+    """Where an array of this type lies, if its mesh is Explicit; an element of leading batches."""
+    if not aval.sharding.mesh.explicit_axes:
+        return None
+    return aval.sharding.update(spec=P(*aval.sharding.spec[batched:]))
 
 
 def dense_sharding(offsets, shape: tuple[int, int], columns: int) -> NamedSharding | None:
@@ -355,12 +362,13 @@ def dense_sharding(offsets, shape: tuple[int, int], columns: int) -> NamedShardi
     return NamedSharding(sharding.mesh, _to_p(_split("decode", blocks, sharding.mesh.shape, grid)))
 
 
-def with_leading(spec: P | None, x) -> P | None:
-    """`spec` with the axes of x's first dimension in front."""
+def with_leading(spec: P | None, x, dim: int = 0, at: int = 0) -> P | None:
+    """`spec` with one more entry, of x's dimension `dim`."""
     if spec is None:
         return None
     sharding = explicit(jax.typeof(x))
-    return P(None if sharding is None else sharding.spec[0], *spec)
+    entry = None if sharding is None else sharding.spec[dim]
+    return P(*spec[:at], entry, *spec[at:])
 
 
 # ---- Auto meshes ----
@@ -407,7 +415,7 @@ def _rule(roles, shape: tuple[int, int], grid: tuple[int, int]) -> tuple[str, di
         if role == OWN:
             return f"o{next(own)}"
         if isinstance(role, int):
-            return f"t{role}" if role >= 0 else "b"
+            return f"t{role}" if role >= 0 else f"b{-role}"
         names = {BLOCK: "cm", ROWS: "mr", COLUMNS: "ck"}[role]
         names = [n for n in names if not (n == "c" and C == 1) and not (n == "m" and R == 1)]
         if len(names) > 1:

@@ -161,6 +161,39 @@ def test_vmap_over_a_sharded_stack_of_weights(kind, x_too):
 
 
 @both
+@pytest.mark.parametrize("lead", [("b", None), (None, "b")])
+def test_vmap_twice_over_a_sharded_stack_of_weights(kind, lead):
+    mesh = mesh_of(kind)
+    four = jf.stack([jf.encode(n * W, "bitmap", 4) for n in (1, 2, 3, 4)])
+    stack = put(mesh, jax.tree.map(lambda b: b.reshape(2, 2, *b.shape[1:]), four), *lead, "a")
+    f = jax.vmap(jax.vmap(jf.spmm, (0, None)), (0, None))
+    y = np.stack([Y, 2 * Y, 3 * Y, 4 * Y]).reshape(2, 2, *Y.shape)
+    run(f, stack, put(mesh, X), y=y, spec=P(*lead, None, None, "a"))
+
+
+@both
+@pytest.mark.parametrize("x_too", [False, True])
+def test_gradients_of_a_sharded_stack_of_weights(kind, x_too):
+    mesh = mesh_of(kind)
+    stack = jf.stack([jf.encode(W, "bitmap", 4), jf.encode(2 * W, "bitmap", 4)])
+    x = np.stack([X, X + 1]) if x_too else X
+
+    def f(stack, x):
+        def loss(values, x):
+            y = jax.vmap(jf.spmm, (0, 0 if x_too else None))(stack.with_values(values), x)
+            return (y * y).sum() / 256
+
+        return jax.grad(loss, (0, 1))(stack.values, x)
+
+    expected = jax.jit(f)(stack, x)
+    args = put(mesh, stack, "b", "a"), put(mesh, x, *("b" if x_too else ""))
+    compiled = jax.jit(f).lower(*args).compile()
+    for a, b in zip(compiled(*args), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3)
+    assert {move for move, _ in collectives(compiled)} == {"all-reduce"}
+
+
+@both
 def test_scan_over_sharded_layers(kind):
     mesh = mesh_of(kind)
     stack = jf.stack([jf.encode(W), jf.encode(2 * W)])
