@@ -210,7 +210,9 @@ class Blocks:
         for name in source.linear:
             shapes[layer_of(name)][name] = tuple(source.checkpoint.shape(name))
         self.partial = Partial(work, self._run(), shapes, source.dtype, warn)
-        self.close = self.partial.close
+
+    def close(self) -> None:
+        self.partial.close()
 
     @property
     def count(self) -> int:

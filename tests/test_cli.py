@@ -18,6 +18,7 @@ from jax_flashllm.models import cli, opt, pruning
 from jax_flashllm.models.checkpoint import open_checkpoint
 from jax_flashllm.models.commands import common
 from jax_flashllm.models.commands import generate as generate_command
+from jax_flashllm.models.commands import prune as prune_command
 from jax_flashllm.models.generate import generate
 from jax_flashllm.models.tokenizer import open_tokenizer
 
@@ -290,6 +291,20 @@ def test_the_report_tells_what_was_sparser_already(inside, tiny, tmp_path):
     damaged(tiny, "model.safetensors", lambda _: save(tensors))
     _, report, _ = inside("prune", tiny, "--sparsity", "0.5", "--out", tmp_path / "all")
     assert f"asked for: 208 of {weights:,} weights more were removed" in report
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [(25, ": nothing more was removed"), (24, ": 1 of 100 weights more were removed"),
+     (28, ": SparseGPT's updates filled 3 zeros")],
+)  # fmt: skip
+def test_zeros_that_updates_filled_are_told(kept, says):
+    source = SimpleNamespace(
+        linear=["w"], zeros={"w": 75}, checkpoint=SimpleNamespace(shape=lambda _: (10, 10))
+    )
+    report = prune_command._Report(source, pruning.Recipe("sparsegpt", 0.5, "uniform"))
+    report.kept = {"w": kept}
+    assert report._sparser() == [f"already 75.0% sparse, more than the 50.0% asked for{says}"]
 
 
 @pytest.mark.parametrize(
