@@ -41,7 +41,7 @@ def model(tmp_path_factory):
     return str(path)
 
 
-def start(model, *arguments, processes=2, devices=4):
+def start(model, *arguments, heartbeat=30, processes=2, devices=4):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
@@ -53,7 +53,7 @@ def start(model, *arguments, processes=2, devices=4):
         subprocess.Popen(
             [sys.executable, "-P", "-c", CLI, *PROMPT, "--model", model, *arguments,
              "--distributed", "--coordinator", address, "--processes", str(processes),
-             "--process", str(i), "--heartbeat", "4"],
+             "--process", str(i), "--heartbeat", str(heartbeat)],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for i in range(processes)
@@ -72,7 +72,7 @@ def test_the_text_of_one_process(model, capfd):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_others(model, victim):
-    running = start(model, "--max-new-tokens", "450")
+    running = start(model, "--max-new-tokens", "450", heartbeat=4)
     # The first word shows that all of them are in their loops.
     assert running[0].stdout.read(1)
     running[victim].send_signal(signal.SIGKILL)

@@ -72,9 +72,11 @@ def test_logical_names_follow_the_rules():
     assert layer.kernel[...].sharding.spec == P("tp")
 
 
-@pytest.mark.parametrize("through", ["jit", "shard_map"])
-def test_sparsify_keeps_annotations_and_the_model_moves_what_it_must(through):
-    mesh = mesh_of()
+@pytest.mark.parametrize(
+    ("through", "kind"), [("jit", AUTO), ("jit", EXPLICIT), ("shard_map", AUTO)]
+)
+def test_sparsify_keeps_annotations_and_the_model_moves_what_it_must(through, kind):
+    mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         dense = MLP(nnx.Rngs(0))
         model = sparsify(dense, 0.5)

@@ -49,7 +49,7 @@ def test_tokens_are_those_of_one_device(path, tp, dp, sparsity):
     np.testing.assert_array_equal(generate(model, PROMPTS, 12, eos_token_id=()), alone)
 
 
-@pytest.mark.parametrize("variant", ["opt_350m", "untied_projections", "no_bias"])
+@pytest.mark.parametrize("variant", ["opt_350m", "untied_projections"])
 def test_variants(path, variant):
     where = path(variant)
     ids, mask = tiny_opt.prompts()
