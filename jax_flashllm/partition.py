@@ -133,6 +133,11 @@ def _to_spec(spec: P | Sequence[Any], ndim: int) -> Spec:
     return (*entries, *((),) * (ndim - len(entries)))
 
 
+def _split_by(spec: Spec, mesh) -> Spec:
+    """Without the axes of size 1, which split nothing."""
+    return tuple(tuple(a for a in axes if mesh.shape[a] > 1) for axes in spec)
+
+
 def _to_p(spec: Spec) -> P:
     return P(*(axes[0] if len(axes) == 1 else axes or None for axes in spec))
 
@@ -295,8 +300,8 @@ def _free(mesh: Mesh) -> Axes:
 def _plan_of_types(name, roles, avals, dims, batch, out_sharding, params) -> Plan:
     operands, result = _roles(roles, avals, batch)
     mesh = next(a.sharding.mesh for a in avals if not a.sharding.mesh.empty)
-    specs = [_to_spec(a.sharding.spec, a.ndim) for a in avals]
-    wanted = _to_spec(() if out_sharding is None else out_sharding, len(dims))
+    specs = [_split_by(_to_spec(a.sharding.spec, a.ndim), mesh) for a in avals]
+    wanted = _split_by(_to_spec(out_sharding or (), len(dims)), mesh)
     grid = _grid(avals, batch, params)
     plan = make_plan(name, (operands, result), specs, wanted, dims, mesh.shape, grid)
     for spec, new, aval in zip(specs, plan.operands, avals, strict=True):
@@ -358,7 +363,7 @@ def dense_sharding(offsets, shape: tuple[int, int], columns: int) -> NamedShardi
     if sharding is None:
         return None
     grid = offsets.shape[0] // columns, columns
-    blocks = _to_spec(sharding.spec, offsets.ndim)[0]
+    blocks = _split_by(_to_spec(sharding.spec, offsets.ndim), sharding.mesh)[0]
     return NamedSharding(sharding.mesh, _to_p(_split("decode", blocks, sharding.mesh.shape, grid)))
 
 

@@ -92,6 +92,28 @@ def test_three_axes(kind, format):
 
 
 @both
+def test_axes_of_size_one(kind):
+    mesh = mesh_of(kind, (8, 1))
+    for rows, columns in [("a", "b"), ("b", None), (None, "b")]:
+        w = jf.shard(jf.encode(W), mesh, rows, columns)
+        run(jf.spmm, w, put(mesh, X, "b"), y=Y)
+        if "a" not in (rows, columns):
+            run(jf.spmm, w, put(mesh, X, "a", None, "b"), y=Y, spec=P("a"))
+
+
+@both
+def test_meshes_in_any_order_of_devices_and_axes(kind):
+    devices = np.array(jax.devices())
+    for grid in (devices[::-1].reshape(4, 2), devices.reshape(2, 4).T):
+        mesh = jax.sharding.Mesh(grid, ("a", "b"), axis_types=(kind,) * 2)
+        w = jf.shard(jf.encode(W), mesh, ("b", "a"))
+        run(jf.spmm, w, put(mesh, X), y=Y, spec=P(None, None, ("b", "a")))
+        w = jf.shard(jf.encode(W), mesh, columns=("b", "a"))
+        x = put(mesh, X, None, None, ("b", "a"))
+        run(jf.spmm, w, x, y=Y, moves=[("all-reduce", Y_BYTES)])
+
+
+@both
 def test_eager(kind):
     mesh = mesh_of(kind)
     y = jf.spmm(jf.shard(jf.encode(W), mesh, "a"), put(mesh, X, "b"))
