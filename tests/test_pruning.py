@@ -1,6 +1,7 @@
 """Block-by-block pruning: its statistics, its resumption, its errors."""
 
 import dataclasses
+import gc
 import json
 import os
 
@@ -304,6 +305,7 @@ def test_windows_are_shared_out_over_devices(tmp_path, fresh_process, monkeypatc
 def test_one_block_is_on_the_accelerator_at_a_time(tmp_path, monkeypatch, owl):
     """However many blocks there are: what a 66B model needs is host memory."""
     monkeypatch.setattr(pruning, "SCORES_BYTES", 1)  # one window a call
+    gc.collect()  # what earlier tests left in cycles must not go while this one counts
     idle = sum(a.nbytes for a in jax.live_arrays())
     live = lambda: sum(a.nbytes for a in jax.live_arrays()) - idle  # noqa: E731
     with checkpoint_of(tmp_path, num_hidden_layers=4) as checkpoint:
