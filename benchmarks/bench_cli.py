@@ -29,7 +29,15 @@ RUNS = 5
 
 def generate(cache: str) -> tuple[float, float]:
     """Seconds from the command to the first token, and tokens/s behind it."""
-    command = [sys.executable, "-m", "jax_flashllm.models.cli", "generate", "--prompt", PROMPT]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "jax_flashllm.models.cli",
+        "generate",
+        "--prompt",
+        PROMPT,
+    ]
     reader, terminal = pty.openpty()
     start, first, text = time.perf_counter(), 0.0, b""
     process = subprocess.Popen(
