@@ -11,6 +11,7 @@ partition.py's to say; here is what one of them does.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +198,7 @@ def _spmm_transpose(ct, *args, activation, batch, out_sharding, **params):
     return [None, None, _shared(values_bar, batch, 2), _shared(x_bar, batch, 3), bias_bar]
 
 
-def _shared(bar, batch, i: int):
+def _shared(bar: Any, batch, i: int) -> Any:
     """Of operand i's cotangent for each element: what elements share gets the sum."""
     axes = tuple(n for n, level in enumerate(batch) if not level[i])
     return bar if bar is None or not axes else bar.sum(axes)

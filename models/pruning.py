@@ -183,7 +183,7 @@ class Blocks:
         recipe: Recipe,
         ids: np.ndarray,
         work: Path,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
         say: Say = lambda _: None,
         advance: Callable[[int], Any] = lambda _: None,
         warn: Say = lambda _: None,

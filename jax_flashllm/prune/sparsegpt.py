@@ -56,9 +56,9 @@ def sparsegpt(
         raise ValueError(
             f"sparsegpt: block is {block} and damping {damping}; pass block >= 1, damping >= 0."
         )
-    w, h = jnp.array(w, jnp.float32), jnp.asarray(h, jnp.float32)  # w is donated: a copy
+    pruned, h = jnp.array(w, jnp.float32), jnp.asarray(h, jnp.float32)  # donated: a copy of w
     dead = jnp.diag(h) == 0
-    _require(jnp.isfinite(w).all(), "w holds NaN or Inf; repair the checkpoint first.")
+    _require(jnp.isfinite(pruned).all(), "w holds NaN or Inf; repair the checkpoint first.")
     _require(jnp.isfinite(h).all(), "H holds NaN or Inf; look at the calibration activations.")
     u = _inverse_factor(h, damping)
     _require(
@@ -66,13 +66,13 @@ def sparsegpt(
         f"H is not positive definite in float32 with damping {damping}; pass a larger damping, or "
         "more calibration tokens.",
     )
-    M, K = w.shape
+    M, K = pruned.shape
     sizes = [min(block, K - i) for i in range(0, K, block)]
     # Two programs at most: whole blocks, and the last one where K leaves a rest.
     for i, n in enumerate(sizes):
         drop = round(sparsity * n) if group == "row" else round(sparsity * n * M)
-        w = _prune_block(w, u, dead, i * block, drop, n, group)
-    return w
+        pruned = _prune_block(pruned, u, dead, i * block, drop, n, group)
+    return pruned
 
 
 def _require(condition: jax.Array, otherwise: str) -> None:
