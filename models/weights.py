@@ -157,15 +157,15 @@ class _Names:
             )
         self.prefix = prefix
         self.stored: dict[str, str] = {}
-        for name in sorted(stored):
+        # metaseq's exports carry a version number beside the weights
+        for name in sorted(stored - {prefix + "version"}):
             own = name.removeprefix(prefix)
             if own in self.stored:
                 raise ValueError(
                     f"opt.load: {ckpt.path} holds {own!r} twice, as {self.stored[own]!r} and "
                     f"{name!r}. Remove one of them."
                 )
-            if own != "version" or name == own:  # metaseq's exports carry a number beside weights
-                self.stored[own] = name
+            self.stored[own] = name
 
     def check(self, shapes: dict[str, tuple[int, ...]], config: OPTConfig) -> None:
         """Raises ValueError unless exactly the tensors of `shapes` are stored, so shaped."""

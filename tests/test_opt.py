@@ -191,6 +191,7 @@ def test_every_prefix_loads(tmp_path, prefix):
     tensors = tiny_opt.weights(config)
     renamed = {k.replace("model.decoder.", prefix): v for k, v in tensors.items()}
     renamed["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"]  # a tied copy
+    renamed[prefix + "version"] = np.array([3.0], np.float32)  # of metaseq's exports
     model = opt.load(tiny_opt.save(tmp_path, config, renamed))
     assert model.lm_head is None
 

@@ -648,44 +648,36 @@ bool SelectKernels(const std::string& name) {
   return false;
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmBitmapCpu, SpmmBitmap,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Words>()
-                                  .Arg<Words>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Attr<int64_t>("m")
-                                  .Attr<int64_t>("k")
-                                  .Attr<int64_t>("activation"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmTiledCslCpu, SpmmTiledCsl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Words>()
-                                  .Arg<Words>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Attr<int64_t>("m")
-                                  .Attr<int64_t>("k")
-                                  .Attr<int64_t>("activation"));
+static auto BindSpmm() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Words>()
+      .Arg<Words>()
+      .Arg<AnyBuffer>()
+      .Arg<AnyBuffer>()
+      .Arg<AnyBuffer>()
+      .Ret<AnyBuffer>()
+      .Attr<int64_t>("m")
+      .Attr<int64_t>("k")
+      .Attr<int64_t>("activation");
+}
 
-#define FLASHLLM_UNARY_HANDLER(symbol, function)            \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function,           \
-                                ffi::Ffi::Bind()            \
-                                    .Ctx<ffi::ThreadPool>() \
-                                    .Arg<Words>()           \
-                                    .Arg<Words>()           \
-                                    .Arg<AnyBuffer>()       \
-                                    .Ret<AnyBuffer>()       \
-                                    .Attr<int64_t>("m")     \
-                                    .Attr<int64_t>("k"))
-FLASHLLM_UNARY_HANDLER(kDecodeBitmapCpu, DecodeBitmap);
-FLASHLLM_UNARY_HANDLER(kDecodeTiledCslCpu, DecodeTiledCsl);
-FLASHLLM_UNARY_HANDLER(kSampleBitmapCpu, SampleBitmap);
-FLASHLLM_UNARY_HANDLER(kSampleTiledCslCpu, SampleTiledCsl);
+static auto BindUnary() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Words>()
+      .Arg<Words>()
+      .Arg<AnyBuffer>()
+      .Ret<AnyBuffer>()
+      .Attr<int64_t>("m")
+      .Attr<int64_t>("k");
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmBitmapCpu, SpmmBitmap, BindSpmm());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmTiledCslCpu, SpmmTiledCsl, BindSpmm());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecodeBitmapCpu, DecodeBitmap, BindUnary());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecodeTiledCslCpu, DecodeTiledCsl, BindUnary());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kSampleBitmapCpu, SampleBitmap, BindUnary());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kSampleTiledCslCpu, SampleTiledCsl, BindUnary());
 
 }  // namespace flashllm

@@ -13,7 +13,6 @@
 // nothing of blocks: a warp waits for, and refills, a stage when a tile runs into the next one.
 #include "../bitmap.h"
 #include "bitmap_scan.cuh"
-#include "ring.cuh"
 #include "strips.cuh"
 
 namespace flashllm::cuda {
@@ -37,7 +36,7 @@ static_assert(kMaskBlocks * kMaskBlockBytes >= kStageBytes);
 // Of x in shared memory: chunks of kTiles tiles, rows (tokens) 16 bytes longer than that, so that
 // eight lanes of a 16-byte load, two tokens, hit 32 banks.
 // 64 tokens of one tile at a time leave room for six warps in 99 KB, at more waiting.
-constexpr int ChunkTiles(int n8) { return n8 < 4 ? 4 : 2; }
+[[maybe_unused]] constexpr int ChunkTiles(int n8) { return n8 < 4 ? 4 : 2; }
 
 template <int kN8, int kChunkTiles>
 struct XRing {

@@ -62,37 +62,6 @@ __device__ __forceinline__ void ZeroShared128(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0));
 }
 
-// ---- global memory, read-only path ----
-
-__device__ __forceinline__ uint4 LoadCached16(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ uint32_t LoadCached4(const void* p) {
-  uint32_t v;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
-  return v;
-}
-
-// Read once: keeps out of L1, where x lives.
-__device__ __forceinline__ uint32_t LoadStream4(const void* p) {
-  uint32_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ uint4 LoadStream16(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
 // ---- global memory, between CTAs ----
 
 __device__ __forceinline__ uint32_t LoadAcquire(const uint32_t* p) {
@@ -241,15 +210,6 @@ __device__ __forceinline__ bool Elect() {
 #else
   return threadIdx.x % 32 == 0;
 #endif
-}
-
-// value += the value `distance` lanes below, where there is one: a step of an inclusive scan.
-__device__ __forceinline__ void ScanStep(uint32_t& value, int distance) {
-  asm volatile(
-      "{ .reg .pred p; .reg .u32 t; shfl.sync.up.b32 t|p, %0, %1, 0, 0xffffffff;"
-      " @p add.u32 %0, %0, t; }"
-      : "+r"(value)
-      : "r"(distance));
 }
 
 // ---- arithmetic ----

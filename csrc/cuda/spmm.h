@@ -92,7 +92,6 @@ struct Args {
   int tiles, blocks;                           // of a band; units of a strip
   int shard_offsets;                           // offsets a shard
   int ctas, warps, warp_bands, slots, groups, group;
-  int ring_bytes;  // of a warp
 };
 
 struct Sizes {
@@ -123,6 +122,13 @@ cudaError_t Sample(cudaStream_t stream, const Problem& p, const uint16_t* dense,
 // overlap: whether the loaded code knows programmatic dependent launch.
 cudaError_t InitializeBitmap(bool* overlap);
 cudaError_t InitializeTiledCsl();
+
+// The most shared memory that a CTA may ask for.
+inline cudaError_t MaxShared(int* bytes) {
+  int device;
+  if (cudaError_t e = cudaGetDevice(&device)) return e;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
 
 // A launch whose kernel waits (ptx::WaitForPrevious) for its predecessor, and so may start early.
 template <typename... Parameters>

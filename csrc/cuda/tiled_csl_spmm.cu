@@ -20,7 +20,6 @@
 #include <type_traits>
 
 #include "../tiled_csl.h"
-#include "ring.cuh"
 #include "strips.cuh"
 #include "tiled_csl_block.cuh"
 
