@@ -12,6 +12,17 @@ except ImportError as e:
 from jax_flashllm.formats import Bitmap, SparseWeight, TiledCSL, encode, stack
 from jax_flashllm.formats.layout import shard
 from jax_flashllm.spmm import decode, spmm
+from jax_flashllm.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Bitmap", "SparseWeight", "TiledCSL", "decode", "encode", "shard", "spmm", "stack"]
+__all__ = [
+    "Bitmap",
+    "SparseWeight",
+    "TiledCSL",
+    "decode",
+    "encode",
+    "shard",
+    "spmm",
+    "stack",
+    "tune",
+]

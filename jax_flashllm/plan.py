@@ -5,9 +5,11 @@ give equal bits. csrc/cuda/spmm.h explains strips and units. For up to 64 tokens
 not depend on the number of tokens, so a token's result does not depend on its batch.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import numpy as np
 _DEFAULT_CORES = 132  # H100: for lowering where there is no GPU
 _WARP_ROWS = {"bitmap": 16, "tiled_csl": 64}
 _UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
-_MAX_GROUP = 64
+MAX_GROUP = 64
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
 
@@ -28,6 +30,15 @@ class Device:
     cores: int  # streaming multiprocessors
     warps: int  # warps a CTA whose rings fit into shared memory: a bitmap's
     csl_teams: int = 8  # and Tiled-CSL's teams of two, with a dense block each
+    name: str = ""  # model, for what `tune` kept; empty where there is no GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How W is shared out for up to 64 tokens; see `Plan`."""
+
+    warps: int
+    ctas: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +65,10 @@ def device() -> Device:
     capability = str(getattr(gpu, "compute_capability", "9.0"))
     cores = int(getattr(gpu, "core_count", 0)) or _DEFAULT_CORES
     if capability in ("9.0", "10.0", "10.3"):  # 227 KB of shared memory
-        return Device(cores, warps=16, csl_teams=8)
+        return Device(cores, 16, 8, gpu.device_kind)
     if capability == "8.0":  # 163 KB
-        return Device(cores, warps=12, csl_teams=5)
-    return Device(cores, warps=6, csl_teams=2)  # 99 KB on 8.6, 8.9 and 12.x
+        return Device(cores, 12, 5, gpu.device_kind)
+    return Device(cores, 6, 2, gpu.device_kind)  # 99 KB on 8.6, 8.9 and 12.x
 
 
 def terms(weight_dtype, token_dtype) -> int:
@@ -75,34 +86,75 @@ def _align(n: int) -> int:
     return _ceil(n, 256) * 256
 
 
-def choose(
-    format: str, rows: int, shards: int, k: int, tokens: int, n_terms: int, dev: Device
-) -> Plan:
-    """Plans x [tokens, k] times W of `shards` blocks of [rows, k]."""
-    warp_rows = _WARP_ROWS[format]
-    bands, blocks = shards * _ceil(rows, warp_rows), _ceil(k, _UNIT_COLS[format])
-    chunk = max(1, min(tokens, _TERM_TOKENS // n_terms)) if n_terms > 1 else max(tokens, 1)
+def _units(format: str, rows: int, shards: int, k: int, warps: int) -> tuple[int, int]:
+    """Strips of a CTA's warps, and units in all (csrc/cuda/spmm.h)."""
+    strips = _ceil(shards * _ceil(rows, _WARP_ROWS[format]), warps)
+    return strips, strips * _ceil(k, _UNIT_COLS[format])
+
+
+def model(format: str, rows: int, shards: int, k: int, dev: Device) -> Cut:
+    """The cut of a shape that nobody measured."""
+    units = {w: _units(format, rows, shards, k, w)[1] for w in range(1, dev.warps + 1)}
     if format == "tiled_csl":
         # A unit takes about 8 + warps: the more warps, the less of its latency shows.
-        warps = min(
-            range(dev.csl_teams, 0, -1),
-            key=lambda w: _ceil(_ceil(bands, w) * blocks, dev.cores) * (8 + w),
-        )
+        warps = min(range(dev.csl_teams, 0, -1), key=lambda w: _ceil(units[w], dev.cores) * (8 + w))
     else:
         # Narrower CTAs only where wide ones would leave multiprocessors without work.
         warps = dev.warps
-        while warps > 4 and _ceil(bands, warps) * blocks < 2 * dev.cores:
+        while warps > 4 and units[warps] < 2 * dev.cores:
             warps //= 2
-    strips = _ceil(bands, warps)
-    units = strips * blocks
+    return Cut(warps, min(units[warps], dev.cores))
+
+
+def cuts(format: str, rows: int, shards: int, k: int, dev: Device) -> list[Cut]:
+    """What `tune` tries: the model's choice first, then others."""
+    most = dev.warps if format == "bitmap" else dev.csl_teams
+    found = [model(format, rows, shards, k, dev)]
+    for warps in sorted({most, *(most * i // 4 for i in (1, 2, 3)), 1} - {0}, reverse=True):
+        strips, units = _units(format, rows, shards, k, warps)
+        # One CTA a multiprocessor, as many as fit there, or a whole strip each.
+        for ctas in (dev.cores, dev.cores * (most // warps), strips):
+            found.append(Cut(warps, min(units, ctas, 4 * dev.cores)))
+    return list(dict.fromkeys(found))
+
+
+_forced: list[Cut] = []
+
+
+@contextlib.contextmanager
+def forced(cut: Cut) -> Iterator[None]:
+    """What is lowered inside takes this cut: for `tune`."""
+    _forced.append(cut)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose(
+    format: str,
+    rows: int,
+    shards: int,
+    k: int,
+    tokens: int,
+    n_terms: int,
+    dev: Device,
+    cut: Cut | None = None,
+) -> Plan:
+    """Plans x [tokens, k] times W of `shards` blocks of [rows, k]; cut: other than the model's."""
+    warp_rows = _WARP_ROWS[format]
+    chunk = max(1, min(tokens, _TERM_TOKENS // n_terms)) if n_terms > 1 else max(tokens, 1)
     total = chunk * n_terms
-    group = next((g for g in (8, 16, 32) if total <= g), _MAX_GROUP)
+    group = next((g for g in (8, 16, 32) if total <= g), MAX_GROUP)
     groups = _ceil(total, group)
+    default = model(format, rows, shards, k, dev)
     # Many tokens fill the GPU with whole strips: nothing to combine.
-    ctas = strips if groups > 1 else min(units, dev.cores)
+    warps = (cut or default).warps if groups == 1 else default.warps
+    strips, units = _units(format, rows, shards, k, warps)
+    ctas = strips if groups > 1 else min(units, (cut or default).ctas)
     slots = 0 if strips % ctas == 0 else 1
     if n_terms > 1:
-        slots = _ceil(_ceil(units, ctas), blocks) + 1
+        slots = _ceil(_ceil(units, ctas), _ceil(k, _UNIT_COLS[format])) + 1
     workspace = groups * ctas * slots * warps * warp_rows * group * 4
     if n_terms > 1:
         workspace += _align(chunk * 4)
@@ -111,6 +163,16 @@ def choose(
     if n_terms > 1 or k % 64:
         workspace += _align(total * _ceil(k, 64) * 64 * 2)
     return Plan(ctas, warps, group, chunk, workspace)
+
+
+def _cut(format: str, rows: int, shards: int, k: int, dev: Device) -> Cut | None:
+    """The cut to take instead of the model's."""
+    from jax_flashllm import tuning
+
+    if _forced:
+        return _forced[-1]
+    cut = tuning.lookup(format, rows, shards, k, dev)
+    return cut if cut in cuts(format, rows, shards, k, dev) else None
 
 
 def spmm(call, *args, format, shape, activation):
@@ -122,7 +184,9 @@ def spmm(call, *args, format, shape, activation):
     rows = -(-shape[0] // shards)
     tokens = math.prod(x.shape[:-1])
     n_terms = terms(values.dtype, x.dtype)
-    plan = choose(format, rows, shards, shape[1], tokens, n_terms, device())
+    dev = device()
+    cut = _cut(format, rows, shards, shape[1], dev)
+    plan = choose(format, rows, shards, shape[1], tokens, n_terms, dev, cut)
     out = (
         jax.ShapeDtypeStruct((*x.shape[:-1], shards * rows), x.dtype),
         jax.ShapeDtypeStruct((max(plan.workspace, 16),), jnp.uint8),

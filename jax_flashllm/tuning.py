@@ -1,0 +1,171 @@
+"""tune: the fastest cut of the work on this GPU, measured once and kept in a file.
+
+A cut says how the rows of W are shared out (plan.py): warps a CTA, and CTAs. It is the same for
+every number of tokens up to 64, so a token's result still does not depend on its batch.
+
+    ~/.cache/jax_flashllm/plans-0.1.0-NVIDIA-H100-80GB-HBM3.json   (or under $XDG_CACHE_HOME)
+
+    {"bitmap 1x28672x7168": {"warps": 16, "ctas": 132}, ...}       format, shards x rows x K
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_flashllm import plan
+from jax_flashllm.formats import SparseWeight
+
+_ROTATE_BYTES = 160 << 20  # several times the L2, so that weights come from memory
+_MOST_COPIES = 32
+_GAIN = 0.98  # of the model's time that a cut must stay below to replace it: less may be noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A cut, and the microseconds of one product for each number of tokens."""
+
+    cut: plan.Cut
+    microseconds: dict[int, float]
+
+    @property
+    def score(self) -> float:
+        return math.exp(statistics.fmean(map(math.log, self.microseconds.values())))
+
+
+def tune(w: SparseWeight, tokens: Sequence[int] = (1, 8, 16, 32)) -> list[Trial]:
+    """Measures how to cut products with weights of w's shape and format, and keeps the fastest.
+
+    w: encoded, on a CUDA device, with values as sparse as those it will be used with. Copies of it
+    take about 160 MB of the GPU's memory meanwhile. tokens: the numbers of tokens that count,
+    1 to 64, each as much as the others.
+
+    The winner is kept for this GPU model and version of the library in the user's cache folder,
+    and used from then on by what is traced: in this process, and in later ones when they begin.
+    Programs that were compiled before keep their cut. Where several hosts run one program, tune on
+    one and copy the file.
+
+    Returns the trials, the one that was kept first. Raises TypeError for other than encoded
+    weights, ValueError for stacks, weights on other devices, or tokens out of range.
+    """
+    from jax_flashllm.spmm import _check_weight
+
+    _check_weight("tune", w)
+    _device_of(w)
+    if not tokens or not all(1 <= n <= plan.MAX_GROUP for n in tokens):
+        raise ValueError(f"tune: tokens must be 1 to {plan.MAX_GROUP}, got {list(tokens)}")
+    gpu, k = plan.device(), w.shard_columns
+    model, *others = plan.cuts(w.format, w.shard_rows, w.row_shards, k, gpu)
+    copies = min(_MOST_COPIES, max(2, -(-_ROTATE_BYTES // w.nbytes)))
+    weights = [w, *(jax.tree.map(jnp.copy, w) for _ in range(copies - 1))]
+    trials = [
+        Trial(cut, {n: _microseconds(weights, n, cut) for n in tokens}) for cut in (model, *others)
+    ]
+    best = min(trials, key=lambda t: t.score)
+    if best.score > _GAIN * trials[0].score:
+        best = trials[0]
+    _keep(gpu.name, _key(w.format, w.shard_rows, w.row_shards, k), best.cut)
+    return [best, *sorted((t for t in trials if t is not best), key=lambda t: t.score)]
+
+
+def _device_of(w: SparseWeight) -> Any:
+    devices = w.values.devices()
+    if len(devices) > 1 or next(iter(devices)).platform != "gpu":
+        raise ValueError(
+            f"tune: w lies on {sorted(map(str, devices))}; put it on one GPU with jax.device_put"
+        )
+    return next(iter(devices))
+
+
+def _microseconds(weights: list[SparseWeight], tokens: int, cut: plan.Cut) -> float:
+    """Of one product, weights taken in turn inside one program."""
+    from jax_flashllm.spmm import spmm
+
+    k = weights[0].shape[1]
+    x = jax.random.normal(jax.random.key(0), (tokens, k)).astype(weights[0].dtype)
+    x = jax.device_put(x, _device_of(weights[0]))
+    with plan.forced(cut):
+        run = jax.jit(lambda ws, x: [spmm(w, x) for w in ws]).lower(weights, x).compile()
+    jax.block_until_ready([run(weights, x) for _ in range(3)])
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready([run(weights, x) for _ in range(4)][-1])
+        times.append((time.perf_counter() - start) / 4 / len(weights))
+    return 1e6 * statistics.median(times)
+
+
+# ---- the file ----
+
+
+def lookup(format: str, rows: int, shards: int, k: int, gpu: plan.Device) -> plan.Cut | None:
+    """The cut that `tune` kept for products of this shape on this GPU model."""
+    if not gpu.name:
+        return None
+    entry = _load(_path(gpu.name)).get(_key(format, rows, shards, k))
+    return None if entry is None else plan.Cut(**entry)
+
+
+def _key(format: str, rows: int, shards: int, k: int) -> str:
+    return f"{format} {shards}x{rows}x{k}"
+
+
+def _path(gpu_name: str) -> Path:
+    from jax_flashllm import __version__
+
+    # XDG_CACHE_HOME counts only where it is absolute, says its specification.
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", gpu_name)
+    return folder / "jax_flashllm" / f"plans-{__version__}-{name}.json"
+
+
+@functools.cache
+def _load(path: Path) -> dict[str, dict[str, int]]:
+    try:
+        cuts = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        warnings.warn(f"jax_flashllm: ignoring tuned plans, {path}: {e}", stacklevel=2)
+        return {}
+    if not isinstance(cuts, dict) or not all(map(_is_cut, cuts.values())):
+        warnings.warn(
+            f"jax_flashllm: ignoring tuned plans, {path} holds something else; delete it",
+            stacklevel=2,
+        )
+        return {}
+    return cuts
+
+
+def _is_cut(entry) -> bool:
+    names = {f.name for f in dataclasses.fields(plan.Cut)}
+    return (
+        isinstance(entry, dict)
+        and set(entry) == names
+        and all(type(v) is int and v >= 1 for v in entry.values())
+    )
+
+
+def _keep(gpu_name: str, key: str, cut: plan.Cut) -> None:
+    """Adds to the file: all of it is replaced at once, so that no reader sees a part."""
+    path = _path(gpu_name)
+    _load.cache_clear()  # other processes may have added to it
+    cuts = {**_load(path), key: dataclasses.asdict(cut)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
+        f.write(json.dumps(cuts, indent=1, sort_keys=True) + "\n")
+    os.replace(f.name, path)
+    _load.cache_clear()

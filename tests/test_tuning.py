@@ -1,0 +1,161 @@
+"""tune and the file it keeps, as far as a machine without a GPU can check them."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_flashllm
+from jax_flashllm import _flashllm, plan, tuning
+
+H100 = plan.Device(cores=132, warps=16, name="NVIDIA Test GPU/1")
+SHAPES = [(1, 1), (64, 64), (768, 768), (4096, 4096), (28672, 7168), (9216, 36864)]
+
+needs_cuda_build = pytest.mark.skipif(
+    not hasattr(_flashllm, "cuda_targets"), reason="built without CUDA"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache folder, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning._load.cache_clear()
+    yield tmp_path / "jax_flashllm"
+    tuning._load.cache_clear()
+
+
+def _keep(cut, shape=(4096, 4096)):
+    tuning._keep(H100.name, tuning._key("bitmap", shape[0], 1, shape[1]), cut)
+
+
+def _lookup(shape=(4096, 4096)):
+    return tuning.lookup("bitmap", shape[0], 1, shape[1], H100)
+
+
+# ---- cuts ----
+
+
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_cut_makes_a_sound_plan(shape, format):
+    m, k = shape
+    found = plan.cuts(format, m, 1, k, H100)
+    assert found[0] == plan.model(format, m, 1, k, H100)
+    assert len(set(found)) == len(found)
+    for cut in found:
+        for tokens, terms in [(1, 1), (64, 1), (8, 3), (65, 1), (5000, 1)]:
+            p = plan.choose(format, m, 1, k, tokens, terms, H100, cut)
+            strips = -(-m // (p.warps * (16 if format == "bitmap" else 64)))
+            assert 1 <= p.ctas <= strips * -(-k // (256 if format == "bitmap" else 128))
+            assert 1 <= p.warps <= (16 if format == "bitmap" else 8)
+            if tokens <= 64:
+                assert (p.warps, p.ctas) == (cut.warps, cut.ctas)
+            else:
+                assert p == plan.choose(format, m, 1, k, tokens, terms, H100)
+
+
+# ---- the file ----
+
+
+def test_what_is_kept_is_found_again(cache):
+    assert _lookup() is None
+    _keep(plan.Cut(8, 132))
+    _keep(plan.Cut(4, 7), shape=(5, 6))
+    assert _lookup() == plan.Cut(8, 132)
+    assert _lookup((5, 6)) == plan.Cut(4, 7)
+    assert _lookup((6, 5)) is None
+    assert tuning.lookup("tiled_csl", 4096, 1, 4096, H100) is None
+    (file,) = cache.iterdir()  # nothing temporary stays
+    assert file.name == f"plans-{jax_flashllm.__version__}-NVIDIA-Test-GPU-1.json"
+
+
+def test_each_gpu_model_has_its_own(cache):
+    _keep(plan.Cut(8, 132))
+    other = plan.Device(cores=132, warps=16, name="NVIDIA Other")
+    assert tuning.lookup("bitmap", 4096, 1, 4096, other) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[1]", "\0", '{"a": 1}', '{"a": {"warps": 8}}'),
+        *('{"a": {"warps": 0, "ctas": 1}}', '{"a": {"warps": "8", "ctas": 1}}'),
+        '{"a": {"warps": 8, "ctas": 1, "x": 1}}',
+    ],
+)
+def test_a_corrupt_file_is_ignored_with_a_warning(cache, text):
+    cache.mkdir()
+    path = tuning._path(H100.name)
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="ignoring tuned plans"):
+        assert _lookup() is None
+    with pytest.warns(UserWarning, match="ignoring tuned plans"):
+        _keep(plan.Cut(8, 132))
+    assert _lookup() == plan.Cut(8, 132)
+    assert len(json.loads(path.read_text())) == 1
+
+
+def test_a_relative_cache_home_does_not_count(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert tuning._path("x").is_relative_to(Path.home() / ".cache")
+
+
+# ---- use ----
+
+
+def _lowered(w, x):
+    f = jax.jit(lambda w, x: jax_flashllm.spmm(w, x))
+    return f.trace(w, x).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_cuda_build
+def test_products_take_the_cut_that_was_kept(monkeypatch):
+    monkeypatch.setattr(plan, "device", lambda: H100)
+    w = jax_flashllm.encode(np.eye(2048, 4096, dtype=np.float16), "bitmap")
+    few, many = (jnp.ones((n, 4096), jnp.float16) for n in (8, 65))
+    default = f"warps = {plan.model('bitmap', 2048, 1, 4096, H100).warps} : i64"
+    assert default in _lowered(w, few)
+    cut = next(c for c in plan.cuts("bitmap", 2048, 1, 4096, H100) if c.warps == 4)
+    _keep(cut, (2048, 4096))
+    assert f"ctas = {cut.ctas} : i64" in _lowered(w, few)
+    assert "warps = 4 : i64" in _lowered(w, few)
+    assert default in _lowered(w, many)
+    _keep(plan.Cut(999, 132), (2048, 4096))  # no cut of this GPU
+    assert default in _lowered(w, few)
+
+
+def test_tune_keeps_the_fastest(monkeypatch):
+    monkeypatch.setattr(plan, "device", lambda: H100)
+    monkeypatch.setattr(tuning, "_device_of", lambda w: None)
+    w = jax_flashllm.encode(np.eye(2048, 4096, dtype=np.float16), "bitmap")
+    cuts = plan.cuts("bitmap", 2048, 1, 4096, H100)
+    seen = []
+
+    def clock(weights, tokens, cut):
+        seen.append((cut, tokens))
+        assert sum(w.nbytes for w in weights) >= 32 * w.nbytes
+        return {cuts[0]: 100.0, cuts[1]: fastest}.get(cut, 200.0) * tokens
+
+    monkeypatch.setattr(tuning, "_microseconds", clock)
+    fastest = 99.5  # no more than noise
+    assert jax_flashllm.tune(w, tokens=(1, 8))[0].cut == cuts[0]
+    assert sorted(set(seen), key=seen.index) == [(c, n) for c in cuts for n in (1, 8)]
+    fastest = 90.0
+    trials = jax_flashllm.tune(w, tokens=(1, 4))
+    assert trials[0].cut == cuts[1] == _lookup((2048, 4096))
+    assert trials[0].microseconds == {1: 90.0, 4: 360.0}
+    assert math.isclose(trials[0].score, 180)
+    assert [t.cut for t in trials[1:]] == [cuts[0], *cuts[2:]]
+
+
+def test_tune_says_what_is_wrong():
+    w = jax_flashllm.encode(np.eye(16, 64, dtype=np.float16), "bitmap")
+    with pytest.raises(ValueError, match="put it on one GPU"):
+        jax_flashllm.tune(w)
+    with pytest.raises(TypeError, match=r"tune: w must be an encoded weight"):
+        jax_flashllm.tune(np.eye(16))
