@@ -42,3 +42,13 @@ def fresh_process():
         return result.stdout
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many random cases ran, test_properties.py's."""
+    counts = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, count in report.user_properties:
+            counts[name] = counts.get(name, 0) + count
+    for name, count in counts.items():
+        terminalreporter.write_line(f"{name}: {count} cases")

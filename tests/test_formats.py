@@ -8,64 +8,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import SPECIAL
 from reference import FORMATS, HALVES, bits, sparse_matrix
 
 import jax_flashllm as jf
-
-SPECIAL = np.array(
-    # -0, smallest and largest subnormals of both types, infinities and NaNs of both types
-    [
-        0x8000,
-        0x0001,
-        0x8001,
-        0x03FF,
-        0x007F,
-        0x7C00,
-        0xFC00,
-        0x7E01,
-        0xFFFF,
-        0x7F80,
-        0xFF80,
-        0x7FC1,
-    ],
-    np.uint16,
-)
-
-
-@st.composite
-def matrices(draw):
-    """Any bits at any density, in any place: whole matrices, or one patch of an empty one."""
-    m, k = draw(st.integers(1, 300)), draw(st.integers(1, 300))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    words = rng.integers(0, 2**16, (m, k), dtype=np.uint16)
-    if draw(st.booleans()):
-        words = rng.choice(SPECIAL, (m, k))
-    words[rng.random((m, k)) >= draw(st.sampled_from([0, 0.01, 0.06, 0.07, 0.5, 1]))] = 0
-    if draw(st.booleans()):
-        row, col = draw(st.integers(0, m - 1)), draw(st.integers(0, k - 1))
-        patch = np.zeros_like(words)
-        patch[row : row + 16, col : col + 64] = words[row : row + 16, col : col + 64]
-        words = patch
-    return words.view(draw(st.sampled_from(HALVES)))
-
-
-@pytest.mark.filterwarnings("ignore:.*-0.0")
-@settings(max_examples=80, deadline=None)
-@given(matrices(), st.sampled_from([*FORMATS, "auto"]), st.integers(1, 5))
-def test_round_trip_keeps_every_bit(dense, format, shards):
-    shards = min(shards, dense.shape[0])
-    w = jf.encode(dense, format, shards)
-    np.testing.assert_array_equal(bits(w.to_dense()), bits(dense))
-    w.validate()
-    assert w.dtype == dense.dtype
-    assert w.shape == dense.shape
-    assert w.shards == shards
-    assert w.nnz == np.count_nonzero(bits(dense))
-    assert w.sparsity == pytest.approx(1 - w.nnz / dense.size)
-    assert w.nbytes == sum(np.asarray(b).nbytes for b in jax.tree.leaves(w))
-    assert w.bits_per_weight == pytest.approx(8 * w.nbytes / dense.size)
 
 
 @pytest.mark.parametrize("format", FORMATS)
