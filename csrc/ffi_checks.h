@@ -27,11 +27,15 @@ struct Shards {
   int64_t count, rows, capacity;
 };
 
+constexpr int64_t kMaxSide = INT32_MAX;  // of W, so that no size below overflows
+
 template <typename Values>
 ffi::ErrorOr<Shards> CheckValues(const Values& values, int64_t m, int64_t k) {
   const auto dims = values.dimensions();
-  if (dims.size() != 2 || !IsHalf(values.element_type()) || dims[0] < 1 || m < 1 || k < 1)
+  if (dims.size() != 2 || !IsHalf(values.element_type()))
     return ffi::Unexpected(Bad("values must be float16 or bfloat16 [shards, capacity]"));
+  if (m < 1 || m > kMaxSide || k < 1 || k > kMaxSide || dims[0] < 1 || dims[0] > m)
+    return ffi::Unexpected(Bad("W must be [M, K], each from 1 to 2^31 - 1, in 1 to M shards"));
   return Shards{dims[0], bitmap::CeilDiv(m, dims[0]), dims[1]};
 }
 
