@@ -6,6 +6,7 @@ missing, extra or of another shape is told before anything is read; `Loader` rea
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -90,7 +91,9 @@ def verify(ckpt: checkpoint.Checkpoint) -> tuple[_Names, OPTConfig]:
     config = OPTConfig.from_dict(ckpt.config)
     names = _Names(ckpt)
     declared = Declared(config)
-    OPT(config, make=declared)
+    # One layer more than there are is enough to find one missing: 4096 would take seconds.
+    layers = min(config.num_hidden_layers, len(names.stored) + 1)
+    OPT(dataclasses.replace(config, num_hidden_layers=layers), make=declared)
     names.check(declared.shapes, config)
     return names, config
 

@@ -183,6 +183,23 @@ def flax_tree(tensors: dict[str, np.ndarray]) -> dict:
 # --- mutations ---
 
 
+# What parsers stumble over: sizes at the edges of their types, in every spelling that a format
+# has; JSON's words; msgpack's widest headers; opcodes that name, call or nest.
+WORDS = [
+    *(b"%d" % n for n in (-1, 0, 1, 2**31, 2**32 - 1, 2**42, 2**63 - 1, 2**63, 2**64, 10**30)),
+    *(
+        n.to_bytes(size, order)
+        for size in (4, 8)
+        for n in (1 << 8 * size - 1, (1 << 8 * size) - 1, 1 << 8 * size - 9)
+        for order in ("little", "big")
+    ),
+    b'"shape":[', b'"data_offsets":[', b'"dtype":"', b"null", b"NaN", b"1e999", b"[[[[", b'"":{',
+    b'"../', b"\xdf\xff\xff\xff\xff", b"\xc9\xff\xff\xff\xff\x01", b"\xdd\xff\xff\xff\xff",
+    b"\xc6\xff\xff\xff\xff", b"cos\nsystem\n", b"cbuiltins\neval\n", b"\x80\x05", b"(", b"t", b"R",
+    b"Q", b"q\x00h\x00\x86", b"\x93", b"\x8d" + 8 * b"\x7f", b"PK\x01\x02", b"PK\x05\x06",
+]  # fmt: skip
+
+
 def mutate(data: bytes, rng: np.random.Generator, focus: int) -> bytes:
     """One to three random edits, mostly within the first or last `focus` bytes."""
     out = bytearray(data)
@@ -199,7 +216,7 @@ def mutate(data: bytes, rng: np.random.Generator, focus: int) -> bytes:
         else:
             at = int(rng.integers(size))
         count = int(rng.integers(1, 9))
-        kind = rng.integers(8)
+        kind = rng.integers(9)
         if kind == 0:
             out[at] ^= 1 << int(rng.integers(8))
         elif kind == 1:
@@ -215,6 +232,9 @@ def mutate(data: bytes, rng: np.random.Generator, focus: int) -> bytes:
         elif kind == 6:
             other = int(rng.integers(size))
             out[at : at + 8 * count] = out[other : other + 8 * count]
+        elif kind == 7:
+            word = WORDS[int(rng.integers(len(WORDS)))]
+            out[at : at + (len(word) if rng.random() < 0.5 else 0)] = word
         else:
             # Digits stay digits: a header that parses and lies.
             digits = [i for i in range(at, min(at + 64, size)) if 48 <= out[i] < 58]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,16 @@ def test_a_tensor_under_two_names_is_refused(tmp_path):
     tiny_opt.save(tmp_path, config, tensors)
     with pytest.raises(ValueError, match=r"holds 'layers.*fc1.weight' twice"):
         opt.load(tmp_path)
+
+
+def test_a_config_that_asks_for_more_layers_is_refused_at_once(tmp_path):
+    config = tiny_opt.config("plain")
+    tiny_opt.save(tmp_path, config, tiny_opt.weights(config))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4096}))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"layers\.2\..* is missing \(and \d+ more\)"):
+        opt.load(tmp_path)
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("prefix", ["model.decoder.", "decoder.", ""])

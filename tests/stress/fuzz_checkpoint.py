@@ -2,12 +2,14 @@
 
     python tests/stress/fuzz_checkpoint.py --count 1000000 --seed 1
 
-Every mutation must end in CheckpointError or in tensors of the declared shapes. Anything else, a
-read of more than a second of CPU time, or a peak over 2x the file + 64 MB stops the run and keeps
-the file.
+Every mutation must end in CheckpointError, with file and field, or in tensors of the declared
+shapes; of config.json and of a whole model's names also in the model's own ValueError. Anything
+else, a read of more than a second of CPU time, or a peak over 2x the file + 64 MB stops the run
+and keeps the file.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import shutil
@@ -21,6 +23,7 @@ import numpy as np
 import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import tiny_opt
 from checkpoint_files import (
     flax_tree,
     model_dir,
@@ -31,7 +34,11 @@ from checkpoint_files import (
     weights,
 )
 
-from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint
+from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint, save_packed
+from jax_flashllm.models.weights import verify
+
+# Of a whole model, names and shapes are compared with its config too: ten times as slow.
+WHOLE = ["model", "config"]
 
 
 def samples(directory: pathlib.Path) -> dict[str, tuple[str, bytes, dict[str, bytes]]]:
@@ -42,6 +49,12 @@ def samples(directory: pathlib.Path) -> dict[str, tuple[str, bytes, dict[str, by
     shard = safetensors_bytes(w)
     index = json.dumps({"weight_map": dict.fromkeys(w, "a.safetensors")}).encode()
     recorded = pathlib.Path(__file__).parents[1] / "fixtures/torch_zip/pytorch_model.bin"
+    tiny = tiny_opt.config("plain", num_hidden_layers=1)
+    config = {k: tiny[k] for k in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers",
+              "num_attention_heads", "ffn_dim", "max_position_embeddings")}  # fmt: skip
+    saved = tiny_opt.weights(tiny, np.float16, sparsity=0.7)
+    save_packed(directory / "model", config, saved.items())
+    model = (directory / "model/model.safetensors").read_bytes()
     return {
         "safetensors": ("model.safetensors", shard, {}),
         "packed": ("model.safetensors", safetensors_bytes(packed), {}),
@@ -49,8 +62,8 @@ def samples(directory: pathlib.Path) -> dict[str, tuple[str, bytes, dict[str, by
         "torch": ("pytorch_model.bin", torch_bytes(directory / "x", w), {}),
         "real torch": ("pytorch_model.bin", recorded.read_bytes(), {}),
         "index": ("model.safetensors.index.json", index, {"a__safetensors": shard}),
-        "config": ("config.json", b'{"model_type": "opt", "a": [1, 2.5, null]}',
-                   {"model__safetensors": shard}),
+        "model": ("model.safetensors", model, {"config__json": json.dumps(config).encode()}),
+        "config": ("config.json", json.dumps(config).encode(), {"model__safetensors": model}),
     }  # fmt: skip
 
 
@@ -58,6 +71,9 @@ def read(path: pathlib.Path) -> CheckpointError | None:
     """None if the mutation was read as a whole checkpoint."""
     try:
         with open_checkpoint(path) as checkpoint:
+            if path.name in WHOLE:
+                with contextlib.suppress(ValueError):
+                    verify(checkpoint)
             for name in checkpoint.names():
                 array = checkpoint.read(name)
                 assert array.shape == checkpoint.shape(name)
@@ -80,8 +96,10 @@ def main() -> None:
     for kind, (_, _, others) in kinds.items():
         model_dir(directory / kind, **others)
     tracemalloc.start()
-    for i in tqdm.trange(options.count, mininterval=5):
-        kind = list(kinds)[i % len(kinds)]
+    began = time.monotonic()
+    files = [kind for kind in kinds if kind not in WHOLE]
+    for i in tqdm.trange(options.count, mininterval=30):
+        kind = WHOLE[i // 16 % 2] if i % 16 == 0 else files[i % len(files)]
         name, data, _ = kinds[kind]
         data = mutate(data, rng, focus=1500)
         (directory / kind / name).write_bytes(data)
@@ -90,7 +108,7 @@ def main() -> None:
         try:
             error = read(directory / kind)
             seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
-            assert error is None or (error.field and str(error).encode())
+            assert error is None or (error.field and error.file and str(error).encode())
             assert seconds < 1, f"{seconds} s"
             assert peak < 2 * len(data) + (64 << 20), f"{peak} bytes"
         except BaseException:
@@ -101,7 +119,10 @@ def main() -> None:
     for kind, (refused, accepted) in counts.items():
         print(f"{kind:12} {refused + accepted:9} mutations, {refused} refused, {accepted} read")
     shutil.rmtree(directory)
-    print(f"slowest {slowest * 1e3:.0f} ms, highest peak {highest / 1e6:.1f} MB")
+    print(
+        f"slowest {slowest * 1e3:.0f} ms, highest peak {highest / 1e6:.1f} MB, "
+        f"{options.count / (time.monotonic() - began):.0f} mutations/s"
+    )
 
 
 if __name__ == "__main__":
