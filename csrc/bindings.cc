@@ -3,6 +3,8 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
+#include <stdexcept>
+
 #include "bitmap.h"
 #include "cpu/encode.h"
 #include "cpu/handlers.h"
@@ -32,6 +34,8 @@ Out<T> Allocate(std::initializer_list<size_t> shape) {
 }
 
 DenseView View(const Dense& w, int64_t shards) {
+  if (w.size() == 0 || shards < 1 || shards > static_cast<int64_t>(w.shape(0)))
+    throw std::invalid_argument("encode: W is [M, K], each 1 at least, in 1 to M shards");
   return {w.data(), static_cast<int64_t>(w.shape(0)), static_cast<int64_t>(w.shape(1)), shards};
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from properties import SPECIAL
 from reference import FORMATS, HALVES, bits, sparse_matrix
 
 import jax_flashllm as jf
+from jax_flashllm import _flashllm
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -312,6 +314,10 @@ def test_constructors_refuse_buffers_of_other_shapes(format):
         ({"offsets": w.offsets.astype(np.int32)}, "offsets is int32"),
         ({index: getattr(w, index)[0]}, f"{index} is uint32"),
         ({index: getattr(w, index).astype(np.uint8)}, f"{index} is uint8"),
+        ({index: getattr(w, index)[..., 1:]}, f"{index} is uint32"),
+        ({"values": w.values[:, 1:]}, "values has room for .*, expected a multiple of 8"),
+        ({"values": w.values[:, :0]}, "values has room for 0 a shard"),
+        ({"values": w.values[:0]}, f"{index} is uint32.*, expected uint32.0,"),
     ]:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(w, **changes)
@@ -323,6 +329,31 @@ def test_to_dense_of_garbage_says_what_is_wrong(format):
     garbage = dataclasses.replace(w, offsets=w.offsets * 50)
     with pytest.raises(ValueError, match=r"offsets|chunks"):
         garbage.to_dense()
+
+
+def test_the_encoders_check_once_more():
+    dense = np.ones((4, 4), np.uint16)
+    for encode in (_flashllm.encode_bitmap, _flashllm.encode_tiled_csl):
+        for w, shards in [(dense, 0), (dense, -1), (dense, 5), (dense[:0], 1), (dense[:, :0], 1)]:
+            with pytest.raises(ValueError, match="in 1 to M shards"):
+                encode(w, shards)
+
+
+ENCODE_WITHOUT_THREADS = r"""
+import re, resource, numpy as np
+from jax_flashllm import _flashllm
+size = int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1]) << 10
+dense = np.ones((512, 2048), np.uint16)
+# Room for the result, not for the stack of a thread.
+resource.setrlimit(resource.RLIMIT_AS, (size + (7 << 20),) * 2)
+for encode in (_flashllm.encode_bitmap, _flashllm.encode_tiled_csl):
+    print(encode(dense, 1)[2].size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_encoding_where_no_thread_starts(fresh_process):
+    assert fresh_process(ENCODE_WITHOUT_THREADS).split() == [str(512 * 2048)] * 2
 
 
 def changed(array, at, value):

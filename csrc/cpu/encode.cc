@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 
 #include "../bitmap.h"
@@ -24,7 +25,11 @@ void ParallelChunks(int64_t n, F f) {
     for (int64_t begin; (begin = next.fetch_add(chunk)) < n;) f(begin, std::min(n, begin + chunk));
   };
   std::vector<std::thread> pool;
-  for (int64_t i = 1; i < threads; ++i) pool.emplace_back(work);
+  pool.reserve(threads);
+  try {
+    for (int64_t i = 1; i < threads; ++i) pool.emplace_back(work);
+  } catch (const std::system_error&) {  // the system gives no more: those there are will do
+  }
   work();
   for (auto& t : pool) t.join();
 }

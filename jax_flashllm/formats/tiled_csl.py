@@ -67,6 +67,7 @@ class TiledCSL(SparseWeight):
         if hasattr(self.values, "shape") and len(self.values.shape) >= 2:
             bands, blocks = _grid(self.shard_rows, self.shard_columns)
             capacity = getattr(self.index, "shape", (0,))[-1]
+            capacity = max(4, capacity // 4 * 4)  # words: vectors of 16 bytes
             self._check_sizes(
                 index=((self.shards, capacity), np.uint32),
                 offsets=((self.shards, bands * blocks + 1, 2), np.uint32),

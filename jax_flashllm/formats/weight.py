@@ -273,6 +273,11 @@ class SparseWeight:
                 f"{type(self).__name__}: {self.shards} shards are no part of {R} row and {C} "
                 "column blocks; a mesh axis must divide them"
             )
+        if (capacity := self.values.shape[-1]) % VECTOR or not capacity:
+            raise ValueError(
+                f"{type(self).__name__} of shape {list(self.shape)}: values has room for {capacity}"
+                f" a shard, expected a multiple of {VECTOR}; make weights with jax_flashllm.encode"
+            )
         for name, (shape, dtype) in expected.items():
             got = getattr(self, name)
             # Under vmap and scan leaves carry batch axes in front.

@@ -40,9 +40,9 @@ def main() -> None:
             phases=[Phase.generate, Phase.shrink],
         )
         @given(cases)
-        def every(case, check=check):
+        def every(case):
             nonlocal count
-            check(case)
+            check(case)  # noqa: B023
             count += 1
             if count % PER_CACHE == 0:
                 jax.clear_caches()
