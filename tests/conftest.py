@@ -9,6 +9,19 @@ import pytest
 
 from jax_flashllm import _flashllm
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost", None, "")
+
+
+def _refuse_network(event, args):
+    """Tests reach this machine only. (Sockets that are no Internet's have no (host, port).)"""
+    if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOOPBACK:
+        raise RuntimeError(f"tests use no network: {args[1]}")
+    if event == "socket.getaddrinfo" and args[0] not in LOOPBACK:
+        raise RuntimeError(f"tests use no network: {args[0]}")
+
+
+sys.addaudithook(_refuse_network)
+
 # tests/mesh needs 8 devices, in a process of its own: test_mesh.py starts it.
 collect_ignore = [] if "device_count=8" in os.environ.get("XLA_FLAGS", "") else ["mesh"]
 
