@@ -1,0 +1,123 @@
+"""A GPU that runs out of memory, and a generation repeated: on a machine with one.
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=0.05 \\
+        python tests/stress/gpu_memory.py --repeats 100
+
+Memory: with the rest of it taken, encode, load and generate must raise RESOURCE_EXHAUSTED; with the
+rest given back the same call must work, and all memory come back after it.
+Determinism: the same tokens, and the same logits bit for bit, every time and in every row.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_flashllm as jf
+from jax_flashllm.models import opt
+from jax_flashllm.models.commands.common import DEMO
+from jax_flashllm.models.generate import generate
+
+DEVICE = jax.devices()[0]
+
+
+def in_use() -> int:
+    gc.collect()
+    return DEVICE.memory_stats()["bytes_in_use"]
+
+
+@contextlib.contextmanager
+def full(leave: int):
+    """All memory taken but about `leave` bytes: in halves, as the allocator has it in pieces."""
+    taken, size = [], 1 << 40
+    stats = DEVICE.memory_stats()
+    room = stats["bytes_limit"] - stats["bytes_in_use"] - leave
+    while size > 1 << 20:
+        if size > room:
+            size //= 2
+            continue
+        try:
+            taken.append(jax.device_put(np.empty(size, np.uint8), DEVICE).block_until_ready())
+            room -= size
+        except jax.errors.JaxRuntimeError:
+            size //= 2
+    yield
+    taken.clear()
+
+
+def exhausts(name: str, work, leave: int) -> None:
+    """`work` returns what it made; it is dropped, and memory must be as before."""
+    work()  # compiled, and constants placed
+    before = in_use()
+    with full(leave):
+        try:
+            work()
+            raise SystemExit(f"{name}: fits into {leave} bytes; leave less")
+        except jax.errors.JaxRuntimeError as error:
+            text = str(error).splitlines()[0]
+            assert "RESOURCE_EXHAUSTED" in text, text
+    between = in_use()
+    work()
+    after = in_use()
+    assert max(between, after) <= before, (before, between, after)
+    print(f"{name}: {text[:110]!r}; {before} bytes in use before, {between} then, {after} after "
+          "it worked", flush=True)  # fmt: skip
+
+
+def memory() -> None:
+    rng = np.random.default_rng(0)
+    dense = np.where(rng.random((4096, 4096), np.float32) < 0.3, np.float16(1.5), np.float16(0))
+    exhausts("encode, from the host", lambda: jax.block_until_ready(jf.encode(dense)), 4 << 20)
+    encode = functools.partial(jf.encode, jax.device_put(dense), "bitmap")
+    exhausts("encode, on the GPU", lambda: jax.block_until_ready(encode()), 4 << 20)
+    del encode
+    exhausts("load", lambda: opt.load(DEMO), 2 << 20)
+    model = opt.load(DEMO)
+    prompts = np.full((512, 64), 5)
+    exhausts("generate", lambda: generate(model, prompts, 2, eos_token_id=()), 32 << 20)
+
+
+def determinism(repeats: int) -> None:
+    model = opt.load(DEMO)
+    prompt = np.random.default_rng(0).integers(3, model.config.vocab_size, 16)
+    start = time.monotonic()
+    first = generate(model, prompt, 256, eos_token_id=())
+    forward = jax.jit(model)
+    logits = np.asarray(forward(first)).tobytes()
+    for _ in range(repeats - 1):
+        np.testing.assert_array_equal(generate(model, prompt, 256, eos_token_id=()), first)
+        assert np.asarray(forward(first)).tobytes() == logits
+    print(f"{repeats} generations of 256 tokens: the same, logits to the last bit "
+          f"({time.monotonic() - start:.0f} s)", flush=True)  # fmt: skip
+    rows = generate(model, np.tile(prompt, (8, 1)), 256, eos_token_id=())
+    assert (rows == rows[0]).all()
+    same = int((rows[0] == first[0]).cumprod().sum())
+    print(
+        f"8 rows of the same prompt: the same tokens; {same} of 256 as in a batch of 1", flush=True
+    )
+    others = np.random.default_rng(1).integers(3, model.config.vocab_size, (8, 16))
+    for at in (0, 3, 7):
+        batch = others.copy()
+        batch[at] = prompt
+        got = generate(model, batch, 256, eos_token_id=())
+        np.testing.assert_array_equal(got[at], rows[0])
+    print("the same tokens in rows 0, 3 and 7 beside other prompts", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=100)
+    options = parser.parse_args()
+    jnp.zeros(1)  # the backend starts
+    if DEVICE.memory_stats():  # a CPU has none
+        memory()
+    determinism(options.repeats)
+
+
+if __name__ == "__main__":
+    main()

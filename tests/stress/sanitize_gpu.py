@@ -1,0 +1,324 @@
+"""The CUDA handlers by themselves, for compute-sanitizer: no XLA, each buffer its own allocation.
+
+    compute-sanitizer --tool memcheck python tests/stress/sanitize_gpu.py
+    compute-sanitizer --tool memcheck python tests/stress/sanitize_gpu.py --garbage 200
+
+Handlers are called as XLA calls them, through a call frame, here made by ctypes; memory comes from
+the CUDA driver. Products, decoding and sampling of small weights reach every kernel: each group of
+tokens, x in terms, ragged K, split K. --garbage changes offsets, masks, codes and positions first:
+results are then any numbers, but no access may leave a buffer. --host runs the CPU's handlers,
+which checks this script where there is no GPU.
+"""
+
+import argparse
+import ctypes as c
+import itertools
+import math
+import os
+import pathlib
+import sys
+import time
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from reference import FLOATS, FORMATS, HALVES, assert_product, bits, sparse_matrix
+
+import jax_flashllm as jf
+from jax_flashllm import _flashllm, plan
+
+P, I64 = c.c_void_p, c.c_int64
+DTYPES = {"uint8": 6, "uint32": 8, "float16": 10, "float32": 11, "bfloat16": 16, "int64": 5}
+INITIALIZE, EXECUTE = 2, 3
+
+
+# ---- XLA's C interface (xla/ffi/api/c_api.h) ----
+
+
+def struct(name, **fields):
+    head = [("struct_size", c.c_size_t), ("extension", P)]
+    return type(name, (c.Structure,), {"_fields_": head + list(fields.items())})
+
+
+Buffer = struct("Buffer", dtype=c.c_int, data=P, rank=I64, dims=P)
+List = struct("List", size=I64, types=P, items=P)
+Attributes = struct("Attributes", size=I64, types=P, names=P, items=P)
+Frame = struct(
+    "Frame", api=P, ctx=P, stage=c.c_int, args=List, rets=List, attrs=Attributes, future=P
+)
+Span = type("Span", (c.Structure,), {"_fields_": [("ptr", c.c_char_p), ("len", c.c_size_t)]})
+Scalar = type("Scalar", (c.Structure,), {"_fields_": [("dtype", c.c_int), ("value", P)]})
+Version = struct("Version", major=c.c_int, minor=c.c_int)
+FUNCTIONS = [
+    *("Error_Create", "Error_GetMessage", "Error_Destroy", "Handler_Register", "Stream_Get"),
+    *("Type_Register", "ExecutionContext_Get", "State_Set", "State_Get", "DeviceMemory_Allocate"),
+    *("DeviceMemory_Free", "ThreadPool_Schedule", "ThreadPool_NumThreads", "Future_Create"),
+    *("Future_SetAvailable", "Future_SetError", "RunId_Get", "DeviceOrdinal_Get"),
+]
+Api = struct("Api", version=Version, internal=P, **dict.fromkeys(FUNCTIONS, P))
+ErrorArgs = struct("ErrorArgs", message=c.c_char_p, code=c.c_int)
+StreamArgs = struct("StreamArgs", ctx=P, stream=P)
+ScheduleArgs = struct("ScheduleArgs", ctx=P, task=P, data=P)
+ThreadsArgs = struct("ThreadsArgs", ctx=P, count=c.POINTER(I64))
+
+
+class Refused(Exception):
+    pass
+
+
+class Runtime:
+    """What a handler finds behind its call frame, and the memory of its buffers."""
+
+    def __init__(self, host: bool):
+        self.host, self.message = host, ""
+        self.targets = _flashllm.cpu_targets() if host else _flashllm.cuda_targets()
+        self.api = Api(struct_size=c.sizeof(Api))
+        self.kept = []
+        for name, kind, function in [
+            ("Error_Create", ErrorArgs, self._error),
+            ("Stream_Get", StreamArgs, lambda args: setattr(args[0], "stream", None)),
+            ("ThreadPool_Schedule", ScheduleArgs, self._schedule),
+            ("ThreadPool_NumThreads", ThreadsArgs, self._threads),
+        ]:
+            callback = c.CFUNCTYPE(P, c.POINTER(kind))(function)
+            self.kept.append(callback)
+            setattr(self.api, name, c.cast(callback, P).value)
+        if not host:
+            self.cuda = c.CDLL("libcuda.so.1")
+            context = P()
+            self.check("cuInit", 0)
+            self.check("cuDevicePrimaryCtxRetain", c.byref(context), 0)
+            self.check("cuCtxSetCurrent", context)
+            for stages in self.targets.values():
+                self._call(stages["initialize"], INITIALIZE, [], [], {})
+
+    def check(self, name, *args):
+        if code := getattr(self.cuda, name)(*args):
+            raise RuntimeError(f"{name}: CUDA error {code}")
+
+    def _error(self, args):
+        self.message = args[0].message.decode()
+        return 1  # a token; only `_call` sees it
+
+    def _schedule(self, args):
+        c.CFUNCTYPE(None, P)(args[0].task)(args[0].data)
+
+    def _threads(self, args):
+        args[0].count[0] = 1
+
+    def allocate(self, array: np.ndarray | None, bytes: int):
+        """An address, after a copy of `array`; without one the memory is left as it is."""
+        if self.host:
+            memory = (c.c_char * max(bytes, 1))()
+            if array is not None:
+                c.memmove(memory, array.ctypes.data, bytes)
+            return memory, c.addressof(memory)
+        pointer = c.c_uint64()
+        self.check("cuMemAlloc_v2", c.byref(pointer), c.c_size_t(max(bytes, 1)))
+        if array is not None:
+            self.check("cuMemcpyHtoD_v2", pointer, P(array.ctypes.data), c.c_size_t(bytes))
+        return pointer, pointer.value
+
+    def call(self, target: str, out, *operands, **attributes) -> list[np.ndarray]:
+        """Results of the handler; raises Refused with its message."""
+        outs = out if isinstance(out, tuple) else (out,)
+        arrays = [np.ascontiguousarray(o) for o in operands]
+        memory = [self.allocate(a, a.nbytes) for a in arrays]
+        sizes = [math.prod(o.shape) * np.dtype(o.dtype).itemsize for o in outs]
+        memory += [self.allocate(None, size) for size in sizes]
+        handler = self.targets[target]
+        handler = handler if self.host else handler["execute"]
+        results = []
+        try:
+            at = [address for _, address in memory]
+            args = [(a.dtype, a.shape, p) for a, p in zip(arrays, at, strict=False)]
+            rets = [(o.dtype, o.shape, p) for o, p in zip(outs, at[len(arrays) :], strict=True)]
+            self._call(handler, EXECUTE, args, rets, attributes)
+            if not self.host:
+                self.check("cuCtxSynchronize")
+            for o, size, (_, address) in zip(outs, sizes, memory[len(arrays) :], strict=True):
+                result = np.empty(o.shape, o.dtype)
+                if self.host:
+                    c.memmove(result.ctypes.data, address, size)
+                elif result.dtype != np.uint8:  # but for the workspace
+                    source = P(result.ctypes.data), c.c_uint64(address), c.c_size_t(size)
+                    self.check("cuMemcpyDtoH_v2", *source)
+                results.append(result)
+        finally:
+            if not self.host:
+                for pointer, _ in memory:
+                    self.check("cuMemFree_v2", pointer)
+        return results
+
+    def _call(self, capsule, stage, args, rets, attributes):
+        pointer = c.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = P, [c.py_object, c.c_char_p]
+        keep = []
+
+        def array(kind, values):
+            made = (kind * max(len(values), 1))(*values)
+            keep.append(made)
+            return c.addressof(made)
+
+        def addresses(items):
+            return array(P, [c.addressof(item) for item in items])
+
+        def buffers(items):
+            made = [
+                Buffer(c.sizeof(Buffer), None, DTYPES[np.dtype(d).name], p, len(s), array(I64, s))
+                for d, s, p in items
+            ]
+            keep.append(made)
+            kinds = array(c.c_int, [1] * len(made))
+            return List(c.sizeof(List), None, len(made), kinds, addresses(made))
+
+        names = sorted(attributes)
+        spans = [Span(n.encode(), len(n)) for n in names]
+        scalars = [Scalar(DTYPES["int64"], array(I64, [attributes[n]])) for n in names]
+        keep += [spans, scalars]
+        kinds = array(c.c_int, [3] * len(names))
+        attrs = Attributes(
+            c.sizeof(Attributes), None, len(names), kinds, addresses(spans), addresses(scalars)
+        )
+        size = Frame.attrs.offset + c.sizeof(Attributes)
+        api = c.addressof(self.api)
+        frame = Frame(size, None, api, None, stage, buffers(args), buffers(rets), attrs)
+        if c.CFUNCTYPE(P, P)(pointer(capsule, None))(c.addressof(frame)):
+            raise Refused(self.message)
+
+
+# ---- cases ----
+
+
+def spmm(run: Runtime, w, x, bias, activation):
+    code = {None: 0, "relu": 1, "gelu": 2}[activation]
+    bias = np.zeros(0, np.float32) if bias is None else bias
+    operands = [*map(np.asarray, w.buffers), np.asarray(w.values), x, bias]
+
+    def call(op, format, out, *operands, **attributes):
+        return run.call(f"flashllm_{op}_{format}_v1", out, *operands, **attributes)
+
+    if run.host:
+        out = jax.ShapeDtypeStruct((*x.shape[:-1], w.shards * w.shard_rows), x.dtype)
+        m, k = w.shape
+        return call("spmm", w.format, out, *operands, m=m, k=k, activation=code)[0][:, :m]
+    y = plan.spmm(call, *operands, format=w.format, shape=w.shape, activation=activation)
+    return y[:, : w.shape[0]]
+
+
+def decode(run: Runtime, w):
+    m, k = w.shape
+    out = jax.ShapeDtypeStruct((w.shards * w.shard_rows, k), w.dtype)
+    operands = map(np.asarray, (*w.buffers, w.values))
+    return run.call(f"flashllm_decode_{w.format}_v1", out, *operands, m=m, k=k)[0]
+
+
+def sample(run: Runtime, w, dense):
+    m, k = w.shape
+    out = jax.ShapeDtypeStruct(w.values.shape, w.dtype)
+    operands = *map(np.asarray, w.buffers), dense
+    return run.call(f"flashllm_sample_{w.format}_v1", out, *operands, m=m, k=k)[0]
+
+
+def weight(shape, dtype, density, format, shards, seed):
+    dense = sparse_matrix(shape, dtype, density, seed)
+    return dense, jax.tree.map(np.asarray, jf.encode(dense, format, shards))
+
+
+def valid(run: Runtime, quick: bool) -> int:
+    """Every kernel on what `encode` writes."""
+    count, shapes = 0, [(40, 136), (300, 1088), (128, 512)]
+    for format, dtype, token in itertools.product(FORMATS, HALVES, FLOATS):
+        # One to 64 tokens a group, several groups; K ragged and not; units split and not.
+        for i, n in enumerate((3, 33) if quick else (1, 12, 20, 40, 130)):
+            shape = shapes[(count + i) % len(shapes)]
+            dense, w = weight(shape, dtype, [0.3, 0.9, 0.02][i % 3], format, 1 + i % 2, count)
+            rng = np.random.default_rng(count)
+            x = rng.standard_normal((n, shape[1]), np.float32).astype(token)
+            bias = rng.standard_normal(shape[0], np.float32).astype(token) if i % 2 else None
+            rows = w.shards * w.shard_rows
+            padded = None if bias is None else np.pad(bias, (0, rows - shape[0]))
+            activation = [None, "relu", "gelu"][i % 3]
+            assert_product(spmm(run, w, x, padded, activation), x, dense, bias, activation)
+            count += 1
+        decoded = decode(run, w)
+        np.testing.assert_array_equal(bits(decoded[: shape[0]]), bits(dense))
+        np.testing.assert_array_equal(bits(sample(run, w, decoded)), bits(w.values))
+        count += 2
+    return count
+
+
+def damage(rng: np.random.Generator, words: np.ndarray) -> None:
+    flat = words.reshape(-1)
+    at, count = rng.integers(flat.size), int(rng.choice([1, 3, flat.size]))
+    part = flat[at : at + count]
+    kind = rng.integers(6)
+    if kind == 0:
+        part[:] = rng.integers(0, 2**32, part.size, dtype=np.uint32)
+    elif kind == 1:
+        part[:] = rng.choice(np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], np.uint32))
+    elif kind == 2:
+        part ^= np.uint32(1) << rng.integers(0, 32, part.size, dtype=np.uint32)
+    elif kind == 3:
+        part += np.uint32(rng.integers(3000))
+    elif kind == 4:
+        part -= np.uint32(rng.integers(3000))
+    else:
+        rng.shuffle(part)
+
+
+def garbage(run: Runtime, count: int, seed: int) -> int:
+    """Returns how many handler calls were refused."""
+    refused = 0
+    for i in range(count):
+        rng = np.random.default_rng(seed + i)
+        shape = int(rng.integers(1, 300)), int(rng.integers(1, 1100))
+        shards = int(rng.integers(1, min(shape[0], 3) + 1))
+        format, dtype = FORMATS[i % 2], HALVES[i // 2 % 2]
+        dense, w = weight(shape, dtype, rng.choice([0.02, 0.3, 0.9]), format, shards, seed + i)
+        index, offsets = (np.array(b) for b in w.buffers)
+        kind = rng.integers(4)
+        for _ in range(rng.integers(1, 3)):
+            if kind != 0:
+                damage(rng, index)
+            if kind != 1:
+                damage(rng, offsets)
+        values = np.asarray(w.values)
+        if rng.random() < 0.2:  # fewer than the offsets say
+            values = values[:, : max(8, values.shape[1] // 16 * 8)]
+        name = "masks" if format == "bitmap" else "index"
+        w = type(w)(offsets=offsets, values=values, shape=shape, grid=w.grid, **{name: index})
+        n, token = int(rng.choice([1, 8, 12, 20, 40, 70])), FLOATS[i % 3]
+        x = rng.standard_normal((n, shape[1]), np.float32).astype(token)
+        rows = np.resize(dense, (w.shards * w.shard_rows, shape[1]))
+        for call, *args in [(spmm, w, x, None, None), (decode, w), (sample, w, rows)]:
+            try:
+                call(run, *args)
+            except Refused:
+                refused += 1
+    return refused
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--garbage", type=int, default=0, help="damaged weights instead")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="fewer numbers of tokens")
+    parser.add_argument("--host", action="store_true")
+    options = parser.parse_args()
+    run, start = Runtime(options.host), time.monotonic()
+    if options.garbage:
+        refused = garbage(run, options.garbage, options.seed)
+        done = f"{options.garbage} damaged weights, {3 * options.garbage} calls, {refused} refused"
+    else:
+        done = f"{valid(run, options.quick)} calls on what encode wrote, all right"
+    print(f"sanitize_gpu: {done}, {time.monotonic() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    assert ml_dtypes  # bfloat16's dtype has its name from here
+    main()
