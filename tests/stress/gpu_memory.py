@@ -10,7 +10,6 @@ Determinism: the same tokens, and the same logits bit for bit, every time and in
 
 import argparse
 import contextlib
-import functools
 import gc
 import time
 
@@ -70,12 +69,18 @@ def exhausts(name: str, work, leave: int) -> None:
 
 
 def memory() -> None:
+    def encode(dense, format):
+        exhausts(
+            f"encode {format} from {type(dense).__name__}",
+            lambda: jax.block_until_ready(jf.encode(dense, format)),
+            4 << 20,
+        )
+
     rng = np.random.default_rng(0)
     dense = np.where(rng.random((4096, 4096), np.float32) < 0.3, np.float16(1.5), np.float16(0))
-    exhausts("encode, from the host", lambda: jax.block_until_ready(jf.encode(dense)), 4 << 20)
-    encode = functools.partial(jf.encode, jax.device_put(dense), "bitmap")
-    exhausts("encode, on the GPU", lambda: jax.block_until_ready(encode()), 4 << 20)
-    del encode
+    encode(dense, "bitmap")
+    encode(jax.device_put(dense), "bitmap")
+    encode(jax.device_put(dense), "tiled_csl")
     exhausts("load", lambda: opt.load(DEMO), 2 << 20)
     model = opt.load(DEMO)
     prompts = np.full((512, 64), 5)
