@@ -106,6 +106,7 @@ def main() -> None:
     slowest = highest = 0.0
     for kind, (_, _, others) in kinds.items():
         model_dir(directory / kind, **others)
+    tqdm.tqdm.monitor_interval = 0  # its thread would reserve address space of its own
     limit_memory(2 * max(len(data) for _, data, _ in kinds.values()) + (64 << 20))
     began = time.monotonic()
     files = [kind for kind in kinds if kind not in WHOLE]
