@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashllm.formats import SparseWeight
-from jax_flashllm.formats.weight import HALF_DTYPES
+from jax_flashllm.formats.weight import HALF_DTYPES, check_process
 from jax_flashllm.kernel import ACTIVATIONS, NO_BIAS, decode_p, spmm_p
 
 _X_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
@@ -121,6 +121,7 @@ def decode(w: SparseWeight) -> jax.Array:
 
 
 def _check_weight(op: str, w) -> None:
+    check_process(op)
     if not isinstance(w, SparseWeight):
         raise TypeError(
             f"{op}: w must be an encoded weight, got {type(w).__name__}; make one with "

@@ -118,6 +118,9 @@ def lookup(format: str, rows: int, shards: int, k: int, gpu: plan.Device) -> pla
     return None if entry is None else plan.Cut(**entry)
 
 
+plan.tuned = lookup
+
+
 def _key(format: str, rows: int, shards: int, k: int) -> str:
     return f"{format} {shards}x{rows}x{k}"
 
@@ -127,7 +130,8 @@ def _path(gpu_name: str) -> Path:
 
     # XDG_CACHE_HOME counts only where it is absolute, says its specification.
     xdg = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    # Unlike Path.home(), this gives a path of no file where no home is known.
+    folder = Path(xdg if os.path.isabs(xdg) else os.path.expanduser("~/.cache"))
     name = re.sub(r"[^A-Za-z0-9.]+", "-", gpu_name)
     return folder / "jax_flashllm" / f"plans-{__version__}-{name}.json"
 
@@ -138,7 +142,7 @@ def _load(path: Path) -> dict[str, dict[str, int]]:
         cuts = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         warnings.warn(f"jax_flashllm: ignoring tuned plans, {path}: {e}", stacklevel=2)
         return {}
     if not isinstance(cuts, dict) or not all(map(_is_cut, cuts.values())):

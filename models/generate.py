@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jax_flashllm.formats.weight import check_process
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout
@@ -61,6 +62,7 @@ def generate(
     Raises ValueError, before any work, for arguments that cannot be served, and where logits are
     NaN.
     """
+    check_process("generate")
     config = model.config
     ids, mask = _check_prompt(config, input_ids, attention_mask, max_new_tokens)
     sampling = Sampling.create(temperature, top_k, top_p, min_p)

@@ -83,6 +83,7 @@ def test_each_gpu_model_has_its_own(cache):
 @pytest.mark.parametrize(
     "text",
     [
+        "[" * 100_000,
         *("", "{", "[1]", "\0", '{"a": 1}', '{"a": {"warps": 8}}'),
         *('{"a": {"warps": 0, "ctas": 1}}', '{"a": {"warps": "8", "ctas": 1}}'),
         '{"a": {"warps": 8, "ctas": 1, "x": 1}}',
@@ -159,3 +160,11 @@ def test_tune_says_what_is_wrong():
         jax_flashllm.tune(w)
     with pytest.raises(TypeError, match=r"tune: w must be an encoded weight"):
         jax_flashllm.tune(np.eye(16))
+
+
+def test_without_a_home_nothing_is_found(monkeypatch):
+    """As in a container with a user id that nobody has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert _lookup() is None

@@ -11,7 +11,7 @@ import numpy as np
 from jax_flashllm import _flashllm
 from jax_flashllm.formats.bitmap import Bitmap
 from jax_flashllm.formats.tiled_csl import TiledCSL
-from jax_flashllm.formats.weight import SparseWeight, check_dense, words
+from jax_flashllm.formats.weight import SparseWeight, check_dense, check_process, words
 
 __all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
 
@@ -43,6 +43,7 @@ def encode(
     Returns a `Bitmap` or a `TiledCSL`. Raises TypeError for other dtypes and under tracing,
     ValueError for other ranks, empty matrices, or `shards` out of range.
     """
+    check_process("encode")
     w = encode_on_host(dense, format, shards)
     # Four million weights tell as well as all.
     some = words(dense)[:: max(1, w.shape[0] * w.shape[1] >> 22)]

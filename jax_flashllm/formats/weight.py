@@ -9,6 +9,7 @@ makes them as long as the longest.
 import dataclasses
 import json
 import math
+import os
 from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
@@ -289,6 +290,25 @@ class SparseWeight:
                     f"{list(got.shape)}, expected {np.dtype(dtype)}{list(shape)}; "
                     "make weights with jax_flashllm.encode"
                 )
+
+
+_process: int | None = None  # that has encoded or multiplied
+
+
+def check_process(op: str) -> None:
+    """Raises RuntimeError in a fork of a process that has used JAX here, where JAX would hang.
+
+    Programs compiled before the fork run there, without coming by here.
+    """
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    elif _process != os.getpid():
+        raise RuntimeError(
+            f"{op}: this process was forked from one that had used JAX, whose threads are not in "
+            "the copy: it would hang. Start processes with multiprocessing's 'spawn' or "
+            "'forkserver', or fork before the first weight is encoded"
+        )
 
 
 def check_dense(dense, shards: int | tuple[int, int]) -> tuple[int, int]:
