@@ -4,11 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import jax_flashllm
 from jax_flashllm import _flashllm, plan
+from jax_flashllm.formats import encode_on_host, on_gpu
 from jax_flashllm.spmm import decode
 
 needs_cuda_build = pytest.mark.skipif(
@@ -45,9 +47,53 @@ def test_gradient_lowers():
 
 
 @needs_cuda_build
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("shards", [1, 3, (2, 3)])
+def test_encoding_lowers_to_results_as_the_host_makes(format, shards):
+    dense = np.eye(100, 331, dtype=ml_dtypes.bfloat16)
+    w = encode_on_host(dense, format, shards)
+    sizes = {"grid": w.grid, "capacity": w.values.shape[1]}
+    if format == "bitmap":
+        programs = [
+            (on_gpu.count_bitmap, (dense,), {"grid": w.grid}, (w.masks, w.offsets)),
+            (on_gpu.fill_bitmap, (w.masks, w.offsets, dense), sizes, (w.values,)),
+        ]
+    else:
+        sizes["index_capacity"] = w.index.shape[1]
+        programs = [
+            (on_gpu.count_tiled_csl, (dense,), {"grid": w.grid}, (w.offsets,)),
+            (on_gpu.fill_tiled_csl, (w.offsets, dense), sizes, (w.index, w.values)),
+        ]
+    for (program, operands, static, results), step in zip(programs, ["count", "fill"], strict=True):
+        traced = program.trace(*operands, **static)
+        out = jax.tree.leaves(traced.out_info)
+        assert [(o.shape, o.dtype) for o in out] == [(r.shape, r.dtype) for r in results]
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert f"@flashllm_{step}_{format}_v1" in text
+        R, C = w.grid
+        assert f"column_blocks = {C} : i64, row_blocks = {R} : i64" in text
+
+
+def test_what_lies_on_no_gpu_is_encoded_on_the_host():
+    assert not on_gpu.lies_on_gpu(np.eye(4, dtype=np.float16))
+    cpu = jax.device_put(np.eye(4, dtype=np.float16), jax.devices("cpu")[0])
+    assert not on_gpu.lies_on_gpu(cpu)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (100, 70), (5, 4096)], ids=str)
+def test_zeros_are_counted_by_row(shape):
+    rng = np.random.default_rng(0)
+    dense = rng.choice(np.array([0, -0.0, 1, np.nan], np.float16), shape)
+    nonzeros, negative = on_gpu.count_zeros(jnp.asarray(dense), 3)
+    bits = dense.view(np.uint16)
+    np.testing.assert_array_equal(nonzeros, np.count_nonzero(bits, axis=1))
+    assert int(negative) == np.count_nonzero(bits[::3] == 0x8000)
+
+
+@needs_cuda_build
 def test_every_target_has_both_stages():
     targets = _flashllm.cuda_targets()
-    assert len(targets) == 6
+    assert len(targets) == 10
     assert all(set(stages) == {"initialize", "execute"} for stages in targets.values())
 
 

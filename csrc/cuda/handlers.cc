@@ -14,6 +14,7 @@ namespace {
 using ffi::AnyBuffer;
 using ffi::DataType;
 using Words = ffi::Buffer<DataType::U32>;
+using WordsResult = ffi::Result<Words>;
 using Stream = ffi::PlatformStream<cudaStream_t>;
 
 // ---- devices ----
@@ -56,7 +57,7 @@ Type TypeOf(DataType t) {
 
 bool IsFloat(DataType t) { return IsHalf(t) || t == DataType::F32; }
 
-// W's part of a Problem. `values` may be a result: the output of sample.
+// W's part of a Problem. `values` and `index` may be results: the output of sample and encode.
 template <typename V>
 ffi::Error SetWeight(Format format, const Words& index, const Words& offsets, const V& values,
                      int64_t m, int64_t k, Problem* p) {
@@ -73,9 +74,47 @@ ffi::Error SetWeight(Format format, const Words& index, const Words& offsets, co
   return check(*shards, k, index.element_count(), offsets.element_count());
 }
 
+// Whole blocks of rows, as decode writes them and sample reads them.
 bool IsDense(const Problem& p, const AnyBuffer& dense) {
   return IsHalf(dense.element_type()) &&
          static_cast<int64_t>(dense.element_count()) == p.shards * p.rows * p.k;
+}
+
+Dense WholeBlocks(const Problem& p, void* data) {
+  return {static_cast<uint16_t*>(data), p.shards * p.rows, p.k, p.shards, p.rows, p.k};
+}
+
+// What an encoder reads: any [M, K], in row_blocks x column_blocks shards.
+struct Blocks {
+  Dense dense;
+  int64_t shards;
+};
+
+ffi::ErrorOr<Blocks> BlocksOf(const AnyBuffer& dense, int64_t row_blocks, int64_t column_blocks) {
+  const auto dims = dense.dimensions();
+  if (dims.size() != 2 || !IsHalf(dense.element_type()) || dims[0] < 1 || dims[1] < 1)
+    return ffi::Unexpected(Bad("encode: weights must be float16 or bfloat16 [M, K]"));
+  if (row_blocks < 1 || row_blocks > dims[0] || column_blocks < 1 || column_blocks > dims[1])
+    return ffi::Unexpected(Bad("encode: no such blocks"));
+  const Dense d = {static_cast<uint16_t*>(dense.untyped_data()),
+                   dims[0],
+                   dims[1],
+                   row_blocks,
+                   CeilDiv(dims[0], row_blocks),
+                   CeilDiv(dims[1], column_blocks)};
+  return Blocks{d, row_blocks * column_blocks};
+}
+
+// The results of an encoder's second call.
+template <typename V>
+ffi::Error SetResult(Format format, const Words& index, const Words& offsets, const V& values,
+                     const Blocks& b, Problem* p) {
+  if (auto e = SetWeight(format, index, offsets, values, b.shards * b.dense.shard_rows,
+                         b.dense.shard_cols, p);
+      e.failure())
+    return e;
+  return p->shards == b.shards ? ffi::Error::Success()
+                               : Bad("encode: values do not fit the shards");
 }
 
 // ---- handlers ----
@@ -119,7 +158,7 @@ ffi::Error DecodeHandler(cudaStream_t stream, Words index, Words offsets, AnyBuf
   Problem p = {};
   if (auto e = SetWeight(kFormat, index, offsets, values, m, k, &p); e.failure()) return e;
   if (!IsDense(p, *out)) return Bad("decode: the output does not fit the weight's shape");
-  return Check(Decode(stream, p, static_cast<uint16_t*>(out->untyped_data())), "decode");
+  return Check(Decode(stream, p, WholeBlocks(p, out->untyped_data())), "decode");
 }
 
 template <Format kFormat>
@@ -128,9 +167,56 @@ ffi::Error SampleHandler(cudaStream_t stream, Words index, Words offsets, AnyBuf
   Problem p = {};
   if (auto e = SetWeight(kFormat, index, offsets, *out, m, k, &p); e.failure()) return e;
   if (!IsDense(p, dense)) return Bad("sample: the dense matrix does not fit the weight's shape");
-  return Check(Sample(stream, p, static_cast<const uint16_t*>(dense.untyped_data()),
+  return Check(Sample(stream, p, WholeBlocks(p, dense.untyped_data()),
                       static_cast<uint16_t*>(out->untyped_data())),
                "sample");
+}
+
+ffi::Error CountBitmapHandler(cudaStream_t stream, AnyBuffer dense, WordsResult masks,
+                              WordsResult offsets, int64_t row_blocks, int64_t column_blocks) {
+  auto b = BlocksOf(dense, row_blocks, column_blocks);
+  if (b.has_error()) return b.error();
+  if (auto e = CheckBitmap({b->shards, b->dense.shard_rows, 0}, b->dense.shard_cols,
+                           masks->element_count(), offsets->element_count());
+      e.failure())
+    return e;
+  return Check(CountBitmap(stream, b->dense, b->shards, masks->typed_data(), offsets->typed_data()),
+               "encode");
+}
+
+ffi::Error CountTiledCslHandler(cudaStream_t stream, AnyBuffer dense, WordsResult offsets,
+                                int64_t row_blocks, int64_t column_blocks) {
+  auto b = BlocksOf(dense, row_blocks, column_blocks);
+  if (b.has_error()) return b.error();
+  if (auto e = CheckTiledCsl({b->shards, b->dense.shard_rows, 0}, b->dense.shard_cols, 0,
+                             offsets->element_count());
+      e.failure())
+    return e;
+  return Check(CountTiledCsl(stream, b->dense, b->shards, offsets->typed_data()), "encode");
+}
+
+ffi::Error FillBitmapHandler(cudaStream_t stream, Words masks, Words offsets, AnyBuffer dense,
+                             ffi::Result<AnyBuffer> values, int64_t row_blocks,
+                             int64_t column_blocks) {
+  auto b = BlocksOf(dense, row_blocks, column_blocks);
+  if (b.has_error()) return b.error();
+  Problem p = {};
+  if (auto e = SetResult(Format::kBitmap, masks, offsets, *values, *b, &p); e.failure()) return e;
+  return Check(Sample(stream, p, b->dense, static_cast<uint16_t*>(values->untyped_data())),
+               "encode");
+}
+
+ffi::Error FillTiledCslHandler(cudaStream_t stream, Words offsets, AnyBuffer dense,
+                               WordsResult index, ffi::Result<AnyBuffer> values, int64_t row_blocks,
+                               int64_t column_blocks) {
+  auto b = BlocksOf(dense, row_blocks, column_blocks);
+  if (b.has_error()) return b.error();
+  Problem p = {};
+  if (auto e = SetResult(Format::kTiledCsl, *index, offsets, *values, *b, &p); e.failure())
+    return e;
+  return Check(FillTiledCsl(stream, p, b->dense, index->typed_data(),
+                            static_cast<uint16_t*>(values->untyped_data())),
+               "encode");
 }
 
 auto BindSpmm() {
@@ -163,6 +249,14 @@ auto BindUnary() {
       .Attr<int64_t>("k");
 }
 
+// Both attributes of an encoder: into how many blocks W is cut.
+template <typename Binding>
+auto WithBlocks(Binding binding) {
+  return std::move(binding)
+      .template Attr<int64_t>("row_blocks")
+      .template Attr<int64_t>("column_blocks");
+}
+
 constexpr auto kCapturable = ffi::Traits::kCmdBufferCompatible;
 
 XLA_FFI_DEFINE_HANDLER(
@@ -176,6 +270,23 @@ XLA_FFI_DEFINE_HANDLER(kDecodeTiledCsl, DecodeHandler<Format::kTiledCsl>, BindUn
 XLA_FFI_DEFINE_HANDLER(kSampleBitmap, SampleHandler<Format::kBitmap>, BindUnary(), {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kSampleTiledCsl, SampleHandler<Format::kTiledCsl>, BindUnary(),
                        {kCapturable});
+XLA_FFI_DEFINE_HANDLER(
+    kCountBitmap, CountBitmapHandler,
+    WithBlocks(ffi::Ffi::Bind().Ctx<Stream>().Arg<AnyBuffer>().Ret<Words>().Ret<Words>()),
+    {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kCountTiledCsl, CountTiledCslHandler,
+                       WithBlocks(ffi::Ffi::Bind().Ctx<Stream>().Arg<AnyBuffer>().Ret<Words>()),
+                       {kCapturable});
+XLA_FFI_DEFINE_HANDLER(
+    kFillBitmap, FillBitmapHandler,
+    WithBlocks(
+        ffi::Ffi::Bind().Ctx<Stream>().Arg<Words>().Arg<Words>().Arg<AnyBuffer>().Ret<AnyBuffer>()),
+    {kCapturable});
+XLA_FFI_DEFINE_HANDLER(
+    kFillTiledCsl, FillTiledCslHandler,
+    WithBlocks(
+        ffi::Ffi::Bind().Ctx<Stream>().Arg<Words>().Arg<AnyBuffer>().Ret<Words>().Ret<AnyBuffer>()),
+    {kCapturable});
 
 }  // namespace
 
@@ -187,6 +298,10 @@ std::vector<Target> Targets() {
       {"flashllm_decode_tiled_csl_v1", kInitialize, kDecodeTiledCsl},
       {"flashllm_sample_bitmap_v1", kInitialize, kSampleBitmap},
       {"flashllm_sample_tiled_csl_v1", kInitialize, kSampleTiledCsl},
+      {"flashllm_count_bitmap_v1", kInitialize, kCountBitmap},
+      {"flashllm_count_tiled_csl_v1", kInitialize, kCountTiledCsl},
+      {"flashllm_fill_bitmap_v1", kInitialize, kFillBitmap},
+      {"flashllm_fill_tiled_csl_v1", kInitialize, kFillTiledCsl},
   };
 }
 

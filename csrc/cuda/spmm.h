@@ -115,8 +115,24 @@ cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type w
                           int64_t k, int64_t k_padded, int terms, uint16_t* out, float* unscale);
 cudaError_t ClearFlags(cudaStream_t stream, const Args& a);
 cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap);
-cudaError_t Decode(cudaStream_t stream, const Problem& p, uint16_t* dense);
-cudaError_t Sample(cudaStream_t stream, const Problem& p, const uint16_t* dense, uint16_t* values);
+
+// A dense matrix; shard c * row_blocks + r of a weight is its row block r of column block c.
+struct Dense {
+  uint16_t* data;      // row-major
+  int64_t rows, cols;  // M, K
+  int64_t row_blocks, shard_rows, shard_cols;
+};
+
+// W to dense, and dense to values of W's nonzeros. An encoder counts first, then fills: a bitmap
+// with Sample, Tiled-CSL's values and index with FillTiledCsl.
+cudaError_t Decode(cudaStream_t stream, const Problem& p, const Dense& to);
+cudaError_t Sample(cudaStream_t stream, const Problem& p, const Dense& from, uint16_t* values);
+cudaError_t CountBitmap(cudaStream_t stream, const Dense& from, int64_t shards, uint32_t* masks,
+                        uint32_t* offsets);
+cudaError_t CountTiledCsl(cudaStream_t stream, const Dense& from, int64_t shards,
+                          uint32_t* offsets);
+cudaError_t FillTiledCsl(cudaStream_t stream, const Problem& p, const Dense& from, uint32_t* index,
+                         uint16_t* values);
 
 // Once a device, outside any capture: loads the kernels and raises their shared memory.
 // overlap: whether the loaded code knows programmatic dependent launch.

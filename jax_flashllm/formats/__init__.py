@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashllm import _flashllm
+from jax_flashllm.formats import on_gpu
 from jax_flashllm.formats.bitmap import Bitmap
 from jax_flashllm.formats.tiled_csl import TiledCSL
 from jax_flashllm.formats.weight import SparseWeight, check_dense, check_process, words
@@ -30,8 +31,9 @@ def encode(
 ) -> Bitmap | TiledCSL:
     """Encodes a dense matrix, bit for bit, storing every weight whose bits are not all zero.
 
-    dense: [M, K] = [out_features, in_features], float16 or bfloat16, NumPy or JAX. Encoding
-        runs on the host; the result lies on JAX's default device.
+    dense: [M, K] = [out_features, in_features], float16 or bfloat16, NumPy or JAX. What lies on
+        one CUDA device is encoded there, and the result stays there. All else is encoded on the
+        host, and the result lies on JAX's default device. Both make the same bits.
     format: "auto" takes the one that is smaller at this density where the nonzeros are spread
         evenly: a bitmap from 1/16 up.
     shards: row blocks, so that the result can lie on as many devices; or a pair (row blocks,
@@ -44,27 +46,46 @@ def encode(
     ValueError for other ranks, empty matrices, or `shards` out of range.
     """
     check_process("encode")
-    w = encode_on_host(dense, format, shards)
-    # Four million weights tell as well as all.
-    some = words(dense)[:: max(1, w.shape[0] * w.shape[1] >> 22)]
-    negative_zeros = np.count_nonzero(some == 0x8000) / some.size
-    if negative_zeros > 0.01:
+    _check_format(format)
+    if on_gpu.lies_on_gpu(dense):
+        grid = check_dense(dense, shards)
+        step = _sample_step(dense)
+        nonzeros, negative_zeros = on_gpu.count_zeros(dense, step)
+        if format == "auto":
+            format = smaller_format(np.asarray(nonzeros).sum(dtype=np.int64) / dense.size)
+        w = on_gpu.encode(dense, format, grid)
+        negative_zeros = int(negative_zeros)
+    else:
+        # jnp.asarray would compile a program for every new shape; device_put compiles none.
+        w = jax.device_put(encode_on_host(dense, format, shards))
+        step = _sample_step(dense)
+        negative_zeros = np.count_nonzero(words(dense)[::step] == 0x8000)
+    share = negative_zeros / (-(-dense.shape[0] // step) * dense.shape[1])
+    if share > 0.01:
         warnings.warn(
-            f"encode: {negative_zeros:.0%} of the weights are -0.0, which is stored like a "
+            f"encode: {share:.0%} of the weights are -0.0, which is stored like a "
             "nonzero; if they were pruned by w * mask, prune with jnp.where(mask, w, 0), or "
             "encode w + 0",
             stacklevel=2,
         )
-    # jnp.asarray would compile a program for every new shape; device_put compiles none.
-    return jax.device_put(w)
+    return w
+
+
+def _sample_step(dense) -> int:
+    """Every how many rows to look for -0.0: four million weights tell as well as all."""
+    return max(1, dense.shape[0] * dense.shape[1] >> 22)
+
+
+def _check_format(format: str) -> None:
+    if format not in ("auto", "bitmap", "tiled_csl"):
+        raise ValueError(f"encode: format must be auto, bitmap or tiled_csl, got {format!r}")
 
 
 def encode_on_host(
     dense: np.ndarray | jax.Array, format: Format = "auto", shards: Shards = 1
 ) -> Bitmap | TiledCSL:
     """`encode` to NumPy buffers: calls no JAX, so callbacks may use it."""
-    if format not in ("auto", "bitmap", "tiled_csl"):
-        raise ValueError(f"encode: format must be auto, bitmap or tiled_csl, got {format!r}")
+    _check_format(format)
     rows, columns = check_dense(dense, shards)
     host = np.ascontiguousarray(dense)
     bits = words(host)

@@ -27,7 +27,7 @@ TILE_COLS = 64
 BLOCK_TILES = 4
 
 
-def _grid(rows: int, cols: int) -> tuple[int, int, int]:
+def grid_of(rows: int, cols: int) -> tuple[int, int, int]:
     """Bands, tiles a band, blocks a band of a shard [rows, cols]."""
     return -(-rows // BAND_ROWS), -(-cols // TILE_COLS), -(-cols // (TILE_COLS * BLOCK_TILES))
 
@@ -55,7 +55,7 @@ class Bitmap(SparseWeight):
 
     def __post_init__(self):
         if hasattr(self.values, "shape") and len(self.values.shape) >= 2:
-            bands, tiles, blocks = _grid(self.shard_rows, self.shard_columns)
+            bands, tiles, blocks = grid_of(self.shard_rows, self.shard_columns)
             self._check_sizes(
                 masks=((self.shards, bands, tiles, 32), np.uint32),
                 offsets=((self.shards, bands * blocks + 1), np.uint32),
@@ -81,7 +81,7 @@ class Bitmap(SparseWeight):
 
     def _to_dense(self) -> np.ndarray:
         (m, k), rows = self.shape, self.shard_rows
-        bands, _, blocks = _grid(rows, k)
+        bands, _, blocks = grid_of(rows, k)
         bits = self._bits()
         dense = np.zeros(bits.shape, np.uint16)
         values, offsets = words(self.values), np.asarray(self.offsets).astype(np.int64)
@@ -95,7 +95,7 @@ class Bitmap(SparseWeight):
         return np.ascontiguousarray(dense).view(self.dtype)
 
     def _validate(self) -> None:
-        bands, tiles, blocks = _grid(self.shard_rows, self.shape[1])
+        bands, tiles, blocks = grid_of(self.shard_rows, self.shape[1])
         counts = np.bitwise_count(np.asarray(self.masks)).sum(-1, dtype=np.int64)
         counts = np.pad(counts, ((0, 0), (0, 0), (0, blocks * BLOCK_TILES - tiles)))
         counts = counts.reshape(self.shards, bands * blocks, BLOCK_TILES).sum(-1)

@@ -37,7 +37,7 @@ MAX_CHUNKS = ROWS // 4
 FILLER = 15
 
 
-def _grid(rows: int, cols: int) -> tuple[int, int]:
+def grid_of(rows: int, cols: int) -> tuple[int, int]:
     """Bands, and blocks a band, of a shard [rows, cols]."""
     return -(-rows // BLOCK_ROWS), -(-cols // BLOCK_COLS)
 
@@ -65,7 +65,7 @@ class TiledCSL(SparseWeight):
 
     def __post_init__(self):
         if hasattr(self.values, "shape") and len(self.values.shape) >= 2:
-            bands, blocks = _grid(self.shard_rows, self.shard_columns)
+            bands, blocks = grid_of(self.shard_rows, self.shard_columns)
             capacity = getattr(self.index, "shape", (0,))[-1]
             capacity = max(4, capacity // 4 * 4)  # words: vectors of 16 bytes
             self._check_sizes(
@@ -138,7 +138,7 @@ class TiledCSL(SparseWeight):
 
     def _to_dense(self) -> np.ndarray:
         (m, k), rows = self.shape, self.shard_rows
-        bands, blocks = _grid(rows, k)
+        bands, blocks = grid_of(rows, k)
         dense = np.empty((self.shards, bands * BLOCK_ROWS, blocks * BLOCK_COLS), np.uint16)
         for s in range(self.shards):
             block, position = self._positions(s)
@@ -170,7 +170,7 @@ class TiledCSL(SparseWeight):
 
     def _validate_shard(self, s: int) -> None:
         (m, k), rows = self.shape, self.shard_rows
-        _, blocks = _grid(rows, k)
+        _, blocks = grid_of(rows, k)
         codes, live, tail = self._lists(s)
         row = self._rows(s, codes)
         if row.max(initial=0) > ROWS or tail.max(initial=0) >= (1 + ROWS) * LISTS:
