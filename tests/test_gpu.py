@@ -73,6 +73,51 @@ def test_integers_are_exact(format, shape, density):
         np.testing.assert_array_equal(y, ref.astype(np.float32).astype(dtype), err_msg=f"{n=}")
 
 
+def _ragged_shapes(count):
+    """Distinct (M, K, N): what no tile divides mostly, and each side of a multiple of 64."""
+    rng = np.random.default_rng(0)
+
+    def side():
+        n = int(2 ** rng.uniform(0, 11.3))
+        return max(1, round(n, -2) // 64 * 64 + int(rng.integers(-1, 2))) if n > 64 else n
+
+    tokens = [*range(1, 18), 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129, 200, 255, 256, 257]
+    shapes = {}
+    while len(shapes) < count:
+        shapes[side(), side(), tokens[len(shapes) % len(tokens)]] = None
+    return list(shapes)
+
+
+SPARSITIES = [0, 0.3, 0.5, 0.7, 0.9, 0.99, 1]
+RAGGED = _ragged_shapes(560)
+
+
+@pytest.mark.parametrize("at", range(0, len(RAGGED), 20))
+def test_ragged_shapes(at):
+    """Exact on integers, in bound on floats: each shape in one format, dtype and sparsity."""
+    for i, (m, k, n) in enumerate(RAGGED[at : at + 20], start=at):
+        format, weight, token = FORMATS[i % 2], HALVES[i // 2 % 2], FLOATS[i // 3 % 3]
+        density, info = 1 - SPARSITIES[i % 7], f"{m}x{k}, N={n}, {FORMATS[i % 2]}, case {i}"
+        exact, rounded = (sparse_matrix((m, k), weight, density, i, b) for b in (True, False))
+        for dense in (exact, rounded):  # whole tiles empty and full
+            dense[64:128, 128:256], dense[:64, 256:512] = 0, 1
+        x = _integers((n, k), token, seed=i)
+        y = np.asarray(_multiply(jax_flashllm.encode(exact, format), x))
+        ref = dense_product(x, exact).astype(np.float32).astype(token)
+        np.testing.assert_array_equal(y, ref, err_msg=info)
+        x = _normals((n, k), token, seed=i)
+        assert_product(_multiply(jax_flashllm.encode(rounded, format), x), x, rounded)
+
+
+@pytest.mark.parametrize("n", [0, 1000, 16384])
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_tokens_and_many(format, n):
+    dense = sparse_matrix((200, 328), np.float16, 0.3, integers=True)
+    x = _integers((n, 328), np.float16)
+    y = np.asarray(_multiply(jax_flashllm.encode(dense, format), x))
+    np.testing.assert_array_equal(y, dense_product(x, dense).astype(np.float16))
+
+
 @pytest.mark.parametrize("shards", [2, 3, 7])
 @pytest.mark.parametrize("format", FORMATS)
 def test_row_blocks(format, shards):
@@ -291,6 +336,32 @@ def test_runs_inside_a_command_buffer(format):
     np.testing.assert_array_equal(bits(compiled(w, x1)), bits(chain(w, x1)))
     hlo = compiled.as_text()
     assert f"flashllm_spmm_{format}_v1" in hlo
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_command_buffer_holds_every_product(format, tmp_path, fresh_process):
+    """What XLA says it runs: products inside command buffers, and none outside."""
+    fresh_process(
+        """
+import os, sys
+os.environ["XLA_FLAGS"] = f"--xla_dump_to={sys.argv[2]} --xla_gpu_graph_min_graph_size=1"
+import jax, jax.numpy as jnp, numpy as np, jax_flashllm
+w = jax_flashllm.encode(np.eye(256, dtype=np.float16), sys.argv[1])
+def chain(w, x):
+    for _ in range(6):
+        x = jax_flashllm.spmm(w, x, activation="relu") / 8
+    return x
+jax.jit(chain)(w, jnp.ones((4, 256), jnp.float16)).block_until_ready()
+""",
+        format,
+        str(tmp_path),
+    )
+    dumps = sorted(tmp_path.glob("*jit_chain*thunk_sequence*"))
+    assert dumps, sorted(f.name for f in tmp_path.iterdir())
+    text = dumps[-1].read_text()
+    assert "kCommandBuffer" in text, text
+    outside = [line for line in text.splitlines() if "kCustomCall" in line and line[:1] != " "]
+    assert not outside, text
 
 
 def test_two_devices():
