@@ -94,7 +94,8 @@ ffi::ErrorOr<Blocks> BlocksOf(const AnyBuffer& dense, int64_t row_blocks, int64_
   const auto dims = dense.dimensions();
   if (dims.size() != 2 || !IsHalf(dense.element_type()) || dims[0] < 1 || dims[1] < 1)
     return ffi::Unexpected(Bad("encode: weights must be float16 or bfloat16 [M, K]"));
-  if (row_blocks < 1 || row_blocks > dims[0] || column_blocks < 1 || column_blocks > dims[1])
+  if (dims[0] > kMaxSide || dims[1] > kMaxSide || row_blocks < 1 || row_blocks > dims[0] ||
+      column_blocks < 1 || column_blocks > dims[1])
     return ffi::Unexpected(Bad("encode: no such blocks"));
   const Dense d = {static_cast<uint16_t*>(dense.untyped_data()),
                    dims[0],
