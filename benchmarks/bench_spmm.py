@@ -1,122 +1,59 @@
 """Times spmm against dense and sparse products of other libraries, same process, same data.
 
-    python benchmarks/bench_spmm.py                      # CPU: the shapes of docs/kernels.md
+    python benchmarks/bench_spmm.py                      # the shapes of docs/kernels.md on a CPU
     python benchmarks/bench_spmm.py --shapes 4096x4096 --tokens 1 --sparsity 0.8
-    python benchmarks/bench_spmm.py --csv out.csv --plot out.png
+    python benchmarks/bench_spmm.py --csv out.csv --plot out.png --plugin mine.py
+    python benchmarks/bench_spmm.py --device gpu --library build/libflashllm_cuda_api.so
 
-Every result is checked against float64 before it is timed. A time is the median of repeated
-calls that end with the result in memory, with the fastest beside it. Calls go round copies of the
-weight larger than the caches, back to back as in a decode loop; contenders take turns, so that a
-change of the machine's speed meets all of them. Needs `pip install '.[bench]'`;
-contenders whose library is missing are left out, and said so.
+On a CPU against XLA, torch and scipy (bench_cpu.py); on a GPU against cuBLAS, by direct calls and
+through XLA, at every shape of OPT and Llama models (bench_gpu.py). Every result is checked against
+float64 before it is timed. Needs `pip install '.[bench]'`; contenders whose library is missing are
+left out, and said so. The library of the GPU's direct calls is `cmake --build build --target
+flashllm_cuda_api`.
+
+A plugin is a Python file with two functions; its name in the tables is the file's:
+
+    def encode(dense): ...         # dense [M, K] -> a weight; called once for each copy
+    def multiply(weight, x): ...   # x [N, K] -> y [N, M]
+
+On a CPU arrays are NumPy's, float32 that bf16 holds exactly; y is anything NumPy can read. On a
+GPU they are torch's, on the GPU, in --dtype; `multiply` returns the same y each time or a new one,
+and launches on torch's current stream what a CUDA graph can hold: no synchronisation.
 """
 
 import argparse
 import csv
+import importlib.util
 import itertools
+import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import bench_cpu
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
-import jax_flashllm
 from jax_flashllm.kernel import cpu_kernels
 
-SHAPES = ["4096x4096", "11008x4096", "28672x7168"]
-TOKENS = [1, 4, 16]
-SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9]
-CACHE_BYTES = 128 << 20  # more than any last-level cache that a guest gets
-OURS = ("ours bf16", "ours fp16", "ours fp16, fp32 x")
+
+def load_plugin(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise SystemExit(f"--plugin {path}: no Python file")
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    for name in ("encode", "multiply"):
+        if not callable(getattr(plugin, name, None)):
+            raise SystemExit(f"--plugin {path}: has no function {name}; see bench_spmm.py --help")
+    return plugin
 
 
-def streamed(call: Callable, w, nbytes: int, copy: Callable) -> Callable[[], np.ndarray]:
-    """call(w) with another copy of w each time, so that weights come from memory, not a cache."""
-    turn = itertools.cycle([w, *(copy(w) for _ in range(CACHE_BYTES // nbytes))])
-    return lambda: call(next(turn))
-
-
-def jax_contender(f, w, x) -> Callable[[], np.ndarray]:
-    compiled = jax.jit(f)
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(w))
-    copy = lambda w: jax.tree.map(jnp.copy, w)  # noqa: E731
-    return streamed(lambda w: np.asarray(compiled(w, x)), w, nbytes, copy)
-
-
-def contenders(dense: np.ndarray, x: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
-    """Name -> a call that computes x @ dense.T. dense, x: float32 that bf16 holds exactly."""
-    to_bf16, to_f16 = (lambda a: a.astype(ml_dtypes.bfloat16)), (lambda a: a.astype(np.float16))
-    w_bf16 = jax_flashllm.encode(to_bf16(dense), "bitmap")
-    w_f16 = jax_flashllm.encode(to_f16(dense), "bitmap")
-    x_jax = jnp.asarray(x)
-    out = {
-        "ours bf16": jax_contender(jax_flashllm.spmm, w_bf16, x_jax.astype(jnp.bfloat16)),
-        "ours fp16": jax_contender(jax_flashllm.spmm, w_f16, x_jax.astype(jnp.float16)),
-        "ours fp16, fp32 x": jax_contender(jax_flashllm.spmm, w_f16, x_jax),
-        "XLA f32": jax_contender(lambda w, x: x @ w.T, jnp.asarray(dense), x_jax),
-        "XLA f32, W as [K, M]": jax_contender(lambda w, x: x @ w, jnp.asarray(dense.T), x_jax),
-    }
-    try:
-        import torch
-
-        tw, tx = torch.from_numpy(dense), torch.from_numpy(x)
-        tx16 = tx.bfloat16()
-        tcsr = tw.to_sparse_csr()
-        csr_bytes = tcsr.values().nbytes + tcsr.col_indices().nbytes
-        linear = torch.nn.functional.linear
-        out |= {
-            "torch f32": streamed(lambda w: linear(tx, w).numpy(), tw, tw.nbytes, torch.clone),
-            "torch bf16": streamed(
-                lambda w: linear(tx16, w).float().numpy(),
-                tw.bfloat16(),
-                tw.nbytes // 2,
-                torch.clone,
-            ),
-            "torch CSR": streamed(lambda w: (w @ tx.T).T.numpy(), tcsr, csr_bytes, torch.clone),
-        }
-    except ImportError:
-        print("torch is missing: left out", file=sys.stderr)
-    try:
-        import scipy.sparse
-
-        scsr = scipy.sparse.csr_array(dense)
-        csr_bytes = scsr.data.nbytes + scsr.indices.nbytes
-        out["scipy CSR"] = streamed(lambda w: (w @ x.T).T, scsr, csr_bytes, lambda w: w.copy())
-    except ImportError:
-        print("scipy is missing: left out", file=sys.stderr)
-    return out
-
-
-def measure(calls: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call. Contenders take turns of back-to-back calls, as in a decode loop."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    while any(sum(t) < seconds for t in times.values()):
-        for name, f in calls.items():
-            f()  # not timed: the threads of the contender before may still spin
-            end = time.perf_counter() + seconds / 4
-            while (start := time.perf_counter()) < end:
-                f()
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def check(name: str, got: np.ndarray, ref: np.ndarray, scale: np.ndarray) -> None:
-    # Half-precision outputs are within 2^-8; sums of CSR and dense float32 well within it.
-    worst = np.max(np.abs(np.asarray(got, np.float64) - ref) / (np.abs(ref) + 1e-2 * scale))
-    if not worst < 2**-7:
-        raise SystemExit(f"{name}: relative error {worst:.3g}; not timed")
-
-
-def environment() -> dict[str, str]:
+def environment(commit: str | None = None) -> dict[str, str]:
+    """What a result depends on besides the code; versions of what is imported by now."""
     model = "unknown CPU"
     for line in Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []:
         if line.startswith("model name"):
@@ -136,71 +73,47 @@ def environment() -> dict[str, str]:
     for module in ("torch", "scipy"):
         if module in sys.modules:
             versions[module] = sys.modules[module].__version__
+    gpus = {}
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        gpus["gpu"] = " | ".join(found.strip().splitlines())
+        versions["cuda"] = sys.modules["torch"].version.cuda
     return {
+        **gpus,
         "cpu": f"{model} x{os.cpu_count()} ({cpu_kernels()})",
         "versions": " ".join(f"{k} {v}" for k, v in versions.items()),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or git.stdout.strip() or "unknown",
     }
 
 
-def run(args) -> list[dict]:
-    rng = np.random.default_rng(0)
-    rows = []
-    cases = list(itertools.product(args.shapes, args.sparsity))
-    for shape, sparsity in tqdm(cases, desc="bench", disable=None):
-        m, k = map(int, shape.split("x"))
-        dense = rng.standard_normal((m, k), dtype=np.float32)
-        dense[rng.random((m, k), dtype=np.float32) < sparsity] = 0
-        dense = dense.astype(ml_dtypes.bfloat16).astype(np.float32)
-        for n in args.tokens:
-            x = rng.standard_normal((n, k), dtype=np.float32)
-            x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
-            ref = x.astype(np.float64) @ dense.astype(np.float64).T
-            scale = np.sqrt(k * (1 - sparsity))
-            calls = contenders(dense, x)
-            for name, f in calls.items():
-                check(name, f(), ref, scale)
-            for name, times in measure(calls, args.seconds).items():
-                rows.append(
-                    {
-                        "M": m,
-                        "K": k,
-                        "N": n,
-                        "sparsity": sparsity,
-                        "kernel": name,
-                        "median_ms": round(statistics.median(times) * 1e3, 4),
-                        "min_ms": round(min(times) * 1e3, 4),
-                        "max_ms": round(max(times) * 1e3, 4),
-                        "calls": len(times),
-                        **environment(),  # torch and scipy are imported by now
-                    }
-                )
-    return rows
+DENSE = ("XLA", "torch f32", "torch bf16", "cuBLAS")  # how names of dense products begin
 
 
 def summarise(rows: list[dict]) -> None:
-    """One line a case: the best of ours, the best dense and sparse of the others, the ratios."""
-    print(f"{'M x K':>12} {'N':>3} {'sparse':>6} | {'ours ms':>8} {'dense ms':>9} {'CSR ms':>8} | "
-          f"{'vs dense':>8}  best dense")  # fmt: skip
+    """One line a case: the best of ours, the best dense product, their ratio, all others."""
+    print(f"{'M x K':>12} {'N':>5} {'sparse':>6} | {'ours ms':>8} {'dense ms':>9} | {'ratio':>6}")
     key = lambda r: (r["M"], r["K"], r["sparsity"], r["N"])  # noqa: E731
     for (m, k, sparsity, n), group in itertools.groupby(sorted(rows, key=key), key):
         t = {r["kernel"]: r["median_ms"] for r in group}
-        ours = min(t[name] for name in OURS)
-        dense = {name: v for name, v in t.items() if name not in OURS and "CSR" not in name}
-        csr = min((v for name, v in t.items() if "CSR" in name), default=float("nan"))
-        best = min(dense, key=dense.get)
-        print(f"{m:>6}x{k:<5} {n:>3} {sparsity:>6.0%} | {ours:>8.3f} {dense[best]:>9.3f} "
-              f"{csr:>8.3f} | {dense[best] / ours:>7.2f}x  {best}")  # fmt: skip
+        ours = min((name for name in t if name.startswith("ours")), key=t.__getitem__)
+        dense = min((name for name in t if name.startswith(DENSE)), key=t.__getitem__)
+        rest = [f"{n} {v:.3f}" for n, v in t.items() if not n.startswith((*DENSE, "ours"))]
+        print(f"{m:>6}x{k:<5} {n:>5} {sparsity:>6.0%} | {t[ours]:>8.4f} {t[dense]:>9.4f} | "
+              f"{t[dense] / t[ours]:>5.2f}x  {ours}, {dense}; {', '.join(rest)}")  # fmt: skip
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Time against sparsity, a panel for each shape (columns) and token count (rows)."""
+    """Time against sparsity, a panel for each of six shapes (columns) and token count (rows).
+
+    On a GPU with the roofline: the bytes that the best of ours reads, at the bandwidth measured.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = sorted({(r["M"], r["K"]) for r in rows})
+    shapes = list(dict.fromkeys((r["M"], r["K"]) for r in rows))[:6]
     tokens = sorted({r["N"] for r in rows})
     fig, axes = plt.subplots(
         len(tokens), len(shapes), figsize=(4 * len(shapes), 3 * len(tokens)), squeeze=False
@@ -214,10 +127,16 @@ def plot(rows: list[dict], path: str) -> None:
                     for r in rows
                     if (r["M"], r["K"], r["N"], r["kernel"]) == (m, k, n, name)
                 ]
+                line = "-o" if name.startswith("ours") else "--"
                 if points:
-                    ax.plot(
-                        *zip(*points, strict=True), "-o" if name in OURS else "--", ms=3, label=name
-                    )
+                    ax.plot(*zip(*points, strict=True), line, ms=3, label=name)
+            roof: dict[float, float] = {}
+            for r in rows:
+                if (r["M"], r["K"], r["N"]) == (m, k, n) and r.get("roof_ms"):
+                    at = 100 * r["sparsity"]
+                    roof[at] = min(roof.get(at, math.inf), r["roof_ms"])
+            if roof:
+                ax.plot(*zip(*sorted(roof.items()), strict=True), "k:", label="roofline")
             ax.set_title(f"{m} x {k}, N = {n}", fontsize=9)
             ax.set_yscale("log")
             ax.set_xlabel("sparsity, %")
@@ -227,22 +146,50 @@ def plot(rows: list[dict], path: str) -> None:
     fig.savefig(path, dpi=120)
 
 
+def write_csv(rows: list[dict], path: str, about: dict[str, str]) -> None:
+    """One row per case and contender, under comments that say where they were measured."""
+    with open(path, "w", newline="") as f:
+        f.writelines(f"# {k}: {v}\n" for k, v in about.items())
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def shape(text: str) -> tuple[int, int]:
+    m, k = text.split("x")
+    return int(m), int(k)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="MxK")
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--sparsity", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each contender and case")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--shapes", nargs="+", type=shape, help="MxK; on a GPU by default all")
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--sparsity", nargs="+", type=float)
+    parser.add_argument("--seconds", type=float, default=0.5, help="CPU: a contender and case")
     parser.add_argument("--csv", help="write one row per case and contender")
     parser.add_argument("--plot", help="write a picture (PNG)")
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="see above")
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--library", help="libflashllm_cuda_api.so")
+    gpu.add_argument("--formats", nargs="+", default=["bitmap", "tiled_csl"])
+    gpu.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    gpu.add_argument("--xla", action="store_true", help="also both products inside XLA: compiles")
+    gpu.add_argument("--budget", type=float, default=math.inf, help="begin no shape later, seconds")
+    gpu.add_argument("--commit", help="what to write down where the tree has no git")
     args = parser.parse_args()
-    rows = run(args)
+    plugins = {Path(p).stem: load_plugin(p) for p in args.plugin}
+    if args.device == "gpu":
+        import bench_gpu
+
+        rows = bench_gpu.run(args, plugins)
+    else:
+        rows = bench_cpu.run(args, plugins)
     summarise(rows)
     if args.csv:
-        with open(args.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, args.csv, environment(args.commit))
     if args.plot:
         plot(rows, args.plot)
 

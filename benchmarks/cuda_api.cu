@@ -22,6 +22,10 @@ __global__ void ReadKernel(const uint4* data, size_t n, uint4* out) {
   if (sum.x == 0x12345678u) *out = sum;
 }
 
+Dense Whole(const void* dense, int64_t m, int64_t k) {
+  return {static_cast<uint16_t*>(const_cast<void*>(dense)), m, k, 1, m, k};
+}
+
 }  // namespace
 
 extern "C" {
@@ -36,6 +40,34 @@ __attribute__((visibility("default"))) int flashllm_read(void* stream, const voi
   ReadKernel<<<132 * 8, 512, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<const uint4*>(data), bytes / 16, static_cast<uint4*>(out));
   return cudaGetLastError();
+}
+
+// Encoding a dense [m, k]: count sizes the rest (where `offsets` end), fill writes it.
+__attribute__((visibility("default"))) int flashllm_count(void* stream, int format,
+                                                          const void* dense, int64_t m, int64_t k,
+                                                          void* index, void* offsets) {
+  const Dense d = Whole(dense, m, k);
+  const auto s = static_cast<cudaStream_t>(stream);
+  uint32_t* o = static_cast<uint32_t*>(offsets);
+  if (static_cast<Format>(format) == Format::kBitmap)
+    return CountBitmap(s, d, 1, static_cast<uint32_t*>(index), o);
+  return CountTiledCsl(s, d, 1, o);
+}
+
+__attribute__((visibility("default"))) int flashllm_fill(void* stream, int format,
+                                                         const void* dense, int64_t m, int64_t k,
+                                                         int64_t capacity, int64_t index_capacity,
+                                                         void* index, const void* offsets,
+                                                         void* values) {
+  Problem p = {};
+  p.format = static_cast<Format>(format);
+  p.index = static_cast<const uint32_t*>(index);
+  p.offsets = static_cast<const uint32_t*>(offsets);
+  p.shards = 1, p.rows = m, p.k = k, p.capacity = capacity, p.index_capacity = index_capacity;
+  const auto s = static_cast<cudaStream_t>(stream);
+  uint16_t* v = static_cast<uint16_t*>(values);
+  if (p.format == Format::kBitmap) return Sample(s, p, Whole(dense, m, k), v);
+  return FillTiledCsl(s, p, Whole(dense, m, k), static_cast<uint32_t*>(index), v);
 }
 
 // types: 0 fp16, 1 bf16, 2 fp32; format: 0 bitmap, 1 Tiled-CSL.

@@ -2,7 +2,8 @@
 
 Every time is the median over replays of a CUDA graph that walks distinct copies of the
 weight, more than 256 MB in all, so that no copy is still in the L2 cache. Each result is
-checked against an fp32 product first, into poisoned outputs.
+checked against an fp64 product first, into poisoned outputs. For work on the kernels: plans can
+be varied, one product profiled; bench_spmm.py compares all shapes with everything.
 
     python benchmarks/gpu_timing.py --library build/libflashllm_cuda_api.so --csv out.csv
 """
@@ -11,20 +12,21 @@ import argparse
 import csv
 import ctypes
 import itertools
+import math
 import os
 import statistics
 
-import numpy as np
 import torch
 
-from jax_flashllm import _flashllm
 from jax_flashllm import plan as planning
+from jax_flashllm.formats.bitmap import grid_of
+from jax_flashllm.formats.tiled_csl import grid_of as csl_grid_of
 
 ROTATE_BYTES = 300 << 20
-REPLAYS = 12
+REPLAYS, MOST_MS = 12, 60  # fewer replays, but 4, where they take longer
 SHAPES = ((28672, 7168), (9216, 36864), (7168, 7168), (21504, 7168), (7168, 28672))
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-NUMPY = {torch.float16: np.float16, torch.float32: np.float32}
+FORMATS = ("bitmap", "tiled_csl")
 
 
 # ---- timing ----
@@ -42,8 +44,8 @@ def graph_time(calls) -> tuple[float, float]:
             for call in calls:
                 call()
         graph.replay()
-        times = []
-        for _ in range(REPLAYS):
+        times: list[float] = []
+        while len(times) < 4 or (len(times) < REPLAYS and sum(times) * len(calls) < 1e3 * MOST_MS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record(stream)
             graph.replay()
@@ -72,6 +74,8 @@ class Library:
         types += [i, i, i, q, p, ctypes.c_size_t]  # plan
         self.lib.flashllm_spmm.argtypes = types
         self.lib.flashllm_read.argtypes = [p, p, ctypes.c_size_t, p]
+        self.lib.flashllm_count.argtypes = [p, i, p, q, q, p, p]
+        self.lib.flashllm_fill.argtypes = [p, i, p, q, q, q, q, p, p, p]
         self.check(self.lib.flashllm_initialize())
 
     @staticmethod
@@ -82,6 +86,30 @@ class Library:
     def read(self, data, out):
         stream = torch.cuda.current_stream().cuda_stream
         self.check(self.lib.flashllm_read(stream, data.data_ptr(), data.nbytes, out.data_ptr()))
+
+    def encode(self, dense, format):
+        """Index, offsets and values, as jax_flashllm.encode makes them."""
+        m, k = dense.shape
+        empty = lambda n, dtype: torch.empty(max(n, 8), device="cuda", dtype=dtype)  # noqa: E731
+        where = torch.cuda.current_stream().cuda_stream, FORMATS.index(format)
+        what = dense.data_ptr(), m, k
+        if format == "bitmap":
+            bands, tiles, blocks = grid_of(m, k)
+            index = empty(bands * tiles * 32, torch.int32)
+            offsets = torch.empty(bands * blocks + 1, device="cuda", dtype=torch.int32)
+            self.check(self.lib.flashllm_count(*where, *what, index.data_ptr(), offsets.data_ptr()))
+            values = empty(8 * int(offsets[-1]), torch.int16)
+        else:
+            bands, blocks = csl_grid_of(m, k)
+            offsets = torch.empty(bands * blocks + 1, 2, device="cuda", dtype=torch.int32)
+            self.check(self.lib.flashllm_count(*where, *what, None, offsets.data_ptr()))
+            chunks, tails = map(int, offsets[-1])
+            values = empty(256 * chunks + 8 * tails, torch.int16)
+            index = empty(32 * chunks + 4 * tails, torch.int32)
+        sizes = values.numel(), index.numel()
+        buffers = (t.data_ptr() for t in (index, offsets, values))
+        self.check(self.lib.flashllm_fill(*where, *what, *sizes, *buffers))
+        return index, offsets, values
 
     def spmm(self, w, x, y, plan, workspace, bias=None, activation=0):
         self.check(
@@ -112,16 +140,11 @@ class Library:
 
 
 class Weight:
-    """An encoded weight on the GPU."""
+    """A weight encoded on the GPU."""
 
-    def __init__(self, dense: torch.Tensor, format: str):
+    def __init__(self, dense: torch.Tensor, format: str, lib: Library):
         self.format, self.shape, self.dtype = format, tuple(dense.shape), dense.dtype
-        bits = dense.cpu().view(torch.int16).numpy().view(np.uint16)
-        encoder = getattr(_flashllm, f"encode_{format}")
-        arrays = encoder(np.ascontiguousarray(bits), 1)
-        self.index, self.offsets, self.values = (
-            torch.from_numpy(a.view({2: np.int16, 4: np.int32}[a.itemsize])).cuda() for a in arrays
-        )
+        self.index, self.offsets, self.values = lib.encode(dense, format)
 
     @property
     def nbytes(self):
@@ -151,12 +174,23 @@ def plan_for(w: Weight, n: int, token_dtype, warps: int = 16):
     return planning.choose(w.format, w.shape[0], 1, w.shape[1], n, n_terms, dev)
 
 
-def bound(x, dense, ref):
-    """|y - ref| <= u |ref| + nnz 2^-23 |x| |W|^T (house-style.md)."""
-    u = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-23}[x.dtype]
-    nnz = (dense != 0).sum(1).double()
+def reference(x, dense) -> tuple[torch.Tensor, torch.Tensor]:
+    """x W^T in float64, and the bound nnz 2^-23 |x| |W|^T on the error of its sums."""
+    ref = x.double() @ dense.double().T
     reach = x.double().abs() @ dense.double().abs().T
-    return u * ref.abs() + nnz * 2**-23 * reach + 1e-30
+    return ref, (dense != 0).sum(1).double() * 2**-23 * reach + 1e-30
+
+
+def worst(y, ref, slack) -> float:
+    """Largest error over the bound u |ref| + slack (house-style.md), NaN for what is unwritten."""
+    u = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-23}[y.dtype]
+    return ((y.double() - ref).abs() / (u * ref.abs() + slack)).max().item()
+
+
+def product(lib, x, y, plan):
+    """A call that multiplies x with a weight into y."""
+    workspace = torch.full((max(plan.workspace, 16),), 255, device="cuda", dtype=torch.uint8)
+    return lambda w: lib.spmm(w, x, y, plan, workspace)
 
 
 def check(lib, w, dense, n, token_dtype, plan=None) -> float:
@@ -164,20 +198,16 @@ def check(lib, w, dense, n, token_dtype, plan=None) -> float:
     m, k = w.shape
     x = torch.randn(n, k, device="cuda").to(token_dtype)
     y = torch.full((n, m), torch.nan, device="cuda", dtype=token_dtype)
-    plan = plan or plan_for(w, n, token_dtype)
-    workspace = torch.full((max(plan.workspace, 16),), 255, device="cuda", dtype=torch.uint8)
-    lib.spmm(w, x, y, plan, workspace)
-    ref = x.double() @ dense.double().T
-    return ((y.double() - ref).abs() / bound(x, dense, ref)).max().item()
+    product(lib, x, y, plan or plan_for(w, n, token_dtype))(w)
+    return worst(y, *reference(x, dense))
 
 
 def time_ours(lib, copies, n, token_dtype, plan=None):
     w = copies[0]
     x = torch.randn(n, w.shape[1], device="cuda").to(token_dtype)
     y = torch.empty(n, w.shape[0], device="cuda", dtype=token_dtype)
-    plan = plan or plan_for(w, n, token_dtype)
-    workspace = torch.empty(max(plan.workspace, 16), device="cuda", dtype=torch.uint8)
-    return graph_time([lambda w=w: lib.spmm(w, x, y, plan, workspace) for w in copies])
+    run = product(lib, x, y, plan or plan_for(w, n, token_dtype))
+    return graph_time([lambda w=w: run(w) for w in copies])
 
 
 # ---- the others ----
@@ -191,26 +221,22 @@ def read_bandwidth(lib) -> float:
     return data.nbytes / us * 1e6
 
 
-def time_cublas(m, k, n, dtype):
-    """Best of four layouts of the dense product."""
+def time_cublas(m, k, tokens, dtype) -> dict[int, tuple[float, float]]:
+    """For each N the best of four layouts of the dense product: time and spread."""
     count = copies_for(m * k * 2)
-    best = None
-    for w_rows, x_rows in itertools.product((True, False), repeat=2):
+    best = {n: (math.inf, 0.0) for n in tokens}
+    for w_rows in (True, False):
         ws = [torch.randn(m, k, device="cuda", dtype=dtype) for _ in range(count)]
         if not w_rows:
             ws = [w.T.contiguous().T for w in ws]
-        x = torch.randn(n, k, device="cuda", dtype=dtype)
-        if not x_rows:
-            x = x.T.contiguous().T
-        for flip in (False, True):
-            if flip:
-                y = torch.empty(m, n, device="cuda", dtype=dtype)
-                calls = [lambda w=w, x=x, y=y: torch.mm(w, x.T, out=y) for w in ws]
-            else:
-                y = torch.empty(n, m, device="cuda", dtype=dtype)
-                calls = [lambda w=w, x=x, y=y: torch.mm(x, w.T, out=y) for w in ws]
-            us, _ = graph_time(calls)
-            best = us if best is None else min(best, us)
+        for n in tokens:
+            x = torch.randn(n, k, device="cuda", dtype=dtype)
+            flat, tall = (torch.empty(s, device="cuda", dtype=dtype) for s in ((n, m), (m, n)))
+            for calls in (
+                [lambda w=w, x=x, y=flat: torch.mm(x, w.T, out=y) for w in ws],
+                [lambda w=w, x=x, y=tall: torch.mm(w, x.T, out=y) for w in ws],
+            ):
+                best[n] = min(best[n], graph_time(calls))
         del ws
     return best
 
@@ -227,7 +253,7 @@ def once(lib, args, tokens, dtype):
         args.shapes, args.sparsity.split(","), args.formats.split(","), tokens
     ):
         dense = random_weight(m, k, float(sparsity), dtype)
-        w = Weight(dense, format)
+        w = Weight(dense, format, lib)
         plan = plan_for(w, n, dtype, warps=int(args.warps.split(",")[0]))
         print(m, k, sparsity, format, n, check(lib, w, dense, n, dtype, plan), flush=True)
 
@@ -259,12 +285,12 @@ def main():
         writer = csv.DictWriter(f, fields.split())
         writer.writeheader()
         for m, k in args.shapes:
-            dense_us = {n: time_cublas(m, k, n, dtype) for n in tokens}
+            dense_us = {n: us for n, (us, _) in time_cublas(m, k, tokens, dtype).items()}
             for sparsity, format in itertools.product(
                 args.sparsity.split(","), args.formats.split(",")
             ):
                 dense = random_weight(m, k, float(sparsity), dtype)
-                w = Weight(dense, format)
+                w = Weight(dense, format, lib)
                 errors = {n: check(lib, w, dense, n, dtype) for n in tokens}
                 del dense
                 copies = [w] + [w.clone() for _ in range(copies_for(w.nbytes) - 1)]

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from jax_flashllm.formats import SparseWeight
 
 _ROTATE_BYTES = 160 << 20  # several times the L2, so that weights come from memory
 _MOST_COPIES = 32
+_PRODUCTS = 48  # in a program, so that its launch does not count
 _GAIN = 0.98  # of the model's time that a cut must stay below to replace it: less may be noise
 
 
@@ -90,21 +91,34 @@ def _device_of(w: SparseWeight) -> Any:
 
 
 def _microseconds(weights: list[SparseWeight], tokens: int, cut: plan.Cut) -> float:
-    """Of one product, weights taken in turn inside one program."""
     from jax_flashllm.spmm import spmm
 
-    k = weights[0].shape[1]
-    x = jax.random.normal(jax.random.key(0), (tokens, k)).astype(weights[0].dtype)
-    x = jax.device_put(x, _device_of(weights[0]))
+    x = jax.random.normal(jax.random.key(0), (tokens, weights[0].shape[1]))
+    x = jax.device_put(x.astype(weights[0].dtype), _device_of(weights[0]))
     with plan.forced(cut):
-        run = jax.jit(lambda ws, x: [spmm(w, x) for w in ws]).lower(weights, x).compile()
-    jax.block_until_ready([run(weights, x) for _ in range(3)])
+        return statistics.median(time_products(spmm, weights, x))
+
+
+def time_products(f: Callable, weights: Sequence, x: jax.Array) -> list[float]:
+    """Microseconds of one f(w, x), several times over: many of them make a program.
+
+    The weights are taken in turn, so that they come from memory where they exceed the caches.
+    """
+    # Other tokens each: XLA computes nothing twice, and merges no products that share them.
+    rounds = -(-_PRODUCTS // len(weights))
+    xs = [x + i for i in range(rounds * len(weights))]
+
+    def products(ws, xs):
+        return [f(w, x) for w, x in zip(ws * rounds, xs, strict=True)]
+
+    run = jax.jit(products).lower(list(weights), xs).compile()
+    jax.block_until_ready([run(list(weights), xs) for _ in range(2)])
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        jax.block_until_ready([run(weights, x) for _ in range(4)][-1])
-        times.append((time.perf_counter() - start) / 4 / len(weights))
-    return 1e6 * statistics.median(times)
+        jax.block_until_ready([run(list(weights), xs) for _ in range(3)])
+        times.append(1e6 * (time.perf_counter() - start) / 3 / len(xs))
+    return times
 
 
 # ---- the file ----

@@ -1,6 +1,7 @@
 """The CUDA side as far as a machine without a GPU can check it."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,11 @@ def test_zeros_are_counted_by_row(shape):
     bits = dense.view(np.uint16)
     np.testing.assert_array_equal(nonzeros, np.count_nonzero(bits, axis=1))
     assert int(negative) == np.count_nonzero(bits[::3] == 0x8000)
+
+
+@needs_cuda_build
+def test_the_fat_binary_fits_into_a_wheel():
+    assert Path(_flashllm.__file__).stat().st_size <= 30_000_000
 
 
 @needs_cuda_build

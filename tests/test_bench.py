@@ -1,0 +1,84 @@
+"""benchmarks/bench_spmm.py runs, and takes other people's kernels."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+PLUGIN = """
+import numpy as np
+
+def encode(dense):
+    assert dense.dtype == np.float32 and dense.flags.c_contiguous
+    rows, columns = np.nonzero(dense)
+    return dense.shape[0], rows, columns, dense[rows, columns]
+
+def multiply(weight, x):
+    m, rows, columns, values = weight
+    y = np.zeros((m, len(x)), np.float32)
+    np.add.at(y, rows, values[:, None] * x.T[columns])
+    return y.T{wrong}
+"""
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench_spmm.main with a command line."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import bench_spmm
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["bench_spmm.py", "--seconds", "0.01", *args])
+        bench_spmm.main()
+
+    return run
+
+
+def test_a_plugin_is_timed_beside_the_others(bench, capsys, tmp_path):
+    plugin, out = tmp_path / "coordinates.py", tmp_path / "out.csv"
+    plugin.write_text(PLUGIN.format(wrong=""))
+    case = ["--shapes", "96x64", "--tokens", "1", "3", "--sparsity", "0.5"]
+    bench(*case, "--plugin", str(plugin), "--csv", str(out))
+    lines = out.read_text().splitlines()
+    about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    assert about.keys() >= {"cpu", "versions", "commit"}
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    assert {(r["M"], r["K"], r["N"], r["sparsity"]) for r in rows} == {
+        ("96", "64", "1", "0.5"),
+        ("96", "64", "3", "0.5"),
+    }
+    assert {"coordinates", "ours bf16", "ours fp16", "XLA f32"} <= {r["kernel"] for r in rows}
+    assert all(float(r["median_ms"]) > 0 for r in rows)
+    assert capsys.readouterr().out.count("coordinates") == 2  # a line a case
+
+
+def test_a_plugin_that_is_wrong_is_not_timed(bench, tmp_path):
+    plugin = tmp_path / "coordinates.py"
+    plugin.write_text(PLUGIN.format(wrong=" * 1.1"))
+    with pytest.raises(SystemExit, match="coordinates: relative error"):
+        bench("--shapes", "96x64", "--tokens", "2", "--plugin", str(plugin))
+
+
+@pytest.mark.parametrize("text", [None, "encode = 1", "def encode(dense): pass"])
+def test_what_is_no_plugin_is_refused(bench, tmp_path, text):
+    plugin = tmp_path / "mine.py"
+    if text:
+        plugin.write_text(text)
+    with pytest.raises(SystemExit, match=r"--plugin .*mine\.py: "):
+        bench("--plugin", str(plugin))
+
+
+def test_all_shapes_of_the_models_are_there(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import shapes
+
+    found = shapes.all_shapes()
+    assert len(found) == len(set(found))
+    opt = [768, 1024, 2048, 2560, 4096, 5120, 7168, 9216, 12288]
+    assert {(a * d, b * d) for d in opt for a, b in [(3, 1), (1, 1), (4, 1), (1, 4)]} <= set(found)
+    assert {(11008, 4096), (8192, 22016), (10240, 8192), (8192, 28672)} <= set(found)
+    assert shapes.names((4096, 4096)) == "Llama-7B output; OPT-6.7B output"
+    assert np.prod(max(found, key=np.prod)) == 49152 * 12288
