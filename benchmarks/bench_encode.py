@@ -37,22 +37,13 @@ def seconds(f, repeats: int) -> float:
 
 
 def kernels(dense, w):
-    """The programs of `encode` without the host between them."""
-    sizes = {"grid": w.grid, "capacity": w.values.shape[1]}
-    if w.format == "bitmap":
-        return lambda: [
-            (
-                on_gpu.count_bitmap(dense, grid=w.grid)[1],
-                on_gpu.fill_bitmap(*w.buffers, dense, **sizes),
-            )
-            for _ in range(4)
-        ]
-    sizes["index_capacity"] = w.index.shape[1]
+    """The programs of `encode` without the host between them, four times."""
+    same = {"format": w.format, "grid": w.grid}
+    sizes = {"capacity": w.values.shape[1], "index_capacity": w.buffers[0].shape[-1]}
+    known = w.buffers if w.format == "bitmap" else (w.offsets,)
+    step = max(1, dense.size >> 22)
     return lambda: [
-        (
-            on_gpu.count_tiled_csl(dense, grid=w.grid),
-            on_gpu.fill_tiled_csl(w.offsets, dense, **sizes),
-        )
+        (on_gpu.count(dense, step=step, **same), on_gpu.fill(known, dense, **same, **sizes))
         for _ in range(4)
     ]
 

@@ -53,25 +53,17 @@ def test_gradient_lowers():
 def test_encoding_lowers_to_results_as_the_host_makes(format, shards):
     dense = np.eye(100, 331, dtype=ml_dtypes.bfloat16)
     w = encode_on_host(dense, format, shards)
-    sizes = {"grid": w.grid, "capacity": w.values.shape[1]}
-    if format == "bitmap":
-        programs = [
-            (on_gpu.count_bitmap, (dense,), {"grid": w.grid}, (w.masks, w.offsets)),
-            (on_gpu.fill_bitmap, (w.masks, w.offsets, dense), sizes, (w.values,)),
-        ]
-    else:
-        sizes["index_capacity"] = w.index.shape[1]
-        programs = [
-            (on_gpu.count_tiled_csl, (dense,), {"grid": w.grid}, (w.offsets,)),
-            (on_gpu.fill_tiled_csl, (w.offsets, dense), sizes, (w.index, w.values)),
-        ]
-    for (program, operands, static, results), step in zip(programs, ["count", "fill"], strict=True):
-        traced = program.trace(*operands, **static)
-        out = jax.tree.leaves(traced.out_info)
+    same = {"format": format, "grid": w.grid}
+    sizes = {"capacity": w.values.shape[1], "index_capacity": w.buffers[0].shape[-1]}
+    known, new = ([w.masks, w.offsets], []) if format == "bitmap" else ([w.offsets], [w.index])
+    count = on_gpu.count.trace(dense, step=3, **same)
+    fill = on_gpu.fill.trace(known, dense, **same, **sizes)
+    R, C = w.grid
+    for step, traced, results in [("count", count, known), ("fill", fill, [*new, w.values])]:
+        out = jax.tree.leaves(traced.out_info)[: len(results)]
         assert [(o.shape, o.dtype) for o in out] == [(r.shape, r.dtype) for r in results]
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert f"@flashllm_{step}_{format}_v1" in text
-        R, C = w.grid
         assert f"column_blocks = {C} : i64, row_blocks = {R} : i64" in text
 
 
@@ -81,14 +73,41 @@ def test_what_lies_on_no_gpu_is_encoded_on_the_host():
     assert not on_gpu.lies_on_gpu(cpu)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (100, 70), (5, 4096)], ids=str)
-def test_zeros_are_counted_by_row(shape):
+def test_nonzeros_are_counted_by_bits():
+    dense = np.random.default_rng(0).choice(np.array([0, -0.0, 1, np.nan], np.float16), (100, 70))
+    counts = on_gpu.count_nonzeros(jnp.asarray(dense))
+    np.testing.assert_array_equal(counts, np.count_nonzero(dense.view(np.uint16), axis=1))
+
+
+@needs_cuda_build
+@pytest.mark.filterwarnings("ignore:.*-0.0")
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("density", [0.0, 0.5])
+def test_sizes_follow_from_the_offsets_ends(monkeypatch, format, density):
+    """What the host reads in between, with the host's encoder in place of the kernels."""
     rng = np.random.default_rng(0)
-    dense = rng.choice(np.array([0, -0.0, 1, np.nan], np.float16), shape)
-    nonzeros, negative = on_gpu.count_zeros(jnp.asarray(dense), 3)
-    bits = dense.view(np.uint16)
-    np.testing.assert_array_equal(nonzeros, np.count_nonzero(bits, axis=1))
-    assert int(negative) == np.count_nonzero(bits[::3] == 0x8000)
+    keep = rng.random((150, 300)) < density
+    dense = np.where(keep, rng.choice([-0.0, 1], (150, 300)), 0).astype(np.float16)
+    w = encode_on_host(dense, format, (3, 2))
+    new = (w.index, w.values) if format == "tiled_csl" else (w.values,)
+
+    def count(dense, *, format, grid, step):
+        some = np.count_nonzero(dense[::step].view(np.uint16) == 0x8000)
+        known = (*w.buffers,) if format == "bitmap" else (w.offsets,)
+        return known, jnp.asarray(w.offsets[:, -1]), jnp.asarray(some)
+
+    def fill(known, dense, *, format, grid, capacity, index_capacity):
+        assert (grid, capacity) == ((3, 2), w.values.shape[1])
+        assert index_capacity == w.index.shape[1] if format == "tiled_csl" else True
+        return new
+
+    monkeypatch.setattr(on_gpu, "count", count)
+    monkeypatch.setattr(on_gpu, "fill", fill)
+    got, negative = on_gpu.encode(dense, format, (3, 2), 7)
+    assert negative == np.count_nonzero(dense[::7].view(np.uint16) == 0x8000)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(w), strict=True):
+        assert a is b
+    got.validate()
 
 
 @needs_cuda_build

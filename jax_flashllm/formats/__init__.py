@@ -50,11 +50,10 @@ def encode(
     if on_gpu.lies_on_gpu(dense):
         grid = check_dense(dense, shards)
         step = _sample_step(dense)
-        nonzeros, negative_zeros = on_gpu.count_zeros(dense, step)
         if format == "auto":
-            format = smaller_format(np.asarray(nonzeros).sum(dtype=np.int64) / dense.size)
-        w = on_gpu.encode(dense, format, grid)
-        negative_zeros = int(negative_zeros)
+            nonzeros = np.asarray(on_gpu.count_nonzeros(dense))
+            format = smaller_format(nonzeros.sum(dtype=np.int64) / dense.size)
+        w, negative_zeros = on_gpu.encode(dense, format, grid, step)
     else:
         # jnp.asarray would compile a program for every new shape; device_put compiles none.
         w = jax.device_put(encode_on_host(dense, format, shards))

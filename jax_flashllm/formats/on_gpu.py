@@ -20,7 +20,7 @@ from jax import lax
 from jax_flashllm import _flashllm
 from jax_flashllm.formats import bitmap, tiled_csl
 from jax_flashllm.formats.bitmap import Bitmap
-from jax_flashllm.formats.tiled_csl import TiledCSL
+from jax_flashllm.formats.tiled_csl import CHUNK, TiledCSL
 from jax_flashllm.formats.weight import VECTOR
 
 _MOST_NONZEROS = 1 << 35  # of a shard: offsets count vectors in 32 bits
@@ -41,38 +41,62 @@ def lies_on_gpu(dense: Any) -> TypeGuard[jax.Array]:
     )
 
 
-@partial(jax.jit, static_argnames="step")
-def count_zeros(dense: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
-    """Per row of [M, K] the nonzeros, and how many -0.0 every `step`th row has in all."""
-    bits = lax.bitcast_convert_type(dense, jnp.uint16)
-    nonzeros = jnp.count_nonzero(bits, axis=1).astype(jnp.uint32)
-    return nonzeros, jnp.count_nonzero(bits[::step] == 0x8000)
+def encode(
+    dense: jax.Array, format: str, grid: tuple[int, int], step: int
+) -> tuple[Bitmap | TiledCSL, int]:
+    """The buffers that the host's encoders make, on the device of `dense`.
 
-
-def encode(dense: jax.Array, format: str, grid: tuple[int, int]) -> Bitmap | TiledCSL:
-    """The same buffers as the host's encoders make, on the device of `dense`."""
-    M, K = dense.shape
-    rows, columns = grid
-    if -(-M // rows) * -(-K // columns) > _MOST_NONZEROS:
+    And how many -0.0 every `step`th row has in all.
+    """
+    (M, K), (_, rows, cols) = dense.shape, _shard(dense, grid)
+    if rows * cols > _MOST_NONZEROS:
         raise ValueError(
             f"encode: a shard of [{M}, {K}] in {grid} blocks may hold more than 2^35 nonzeros; "
             "raise `shards`"
         )
-    if format == "bitmap":
-        masks, offsets = count_bitmap(dense, grid=grid)
-        ends = np.asarray(offsets[:, -1]).astype(np.int64)
-        capacity = max(VECTOR, VECTOR * int(ends.max()))
-        values = fill_bitmap(masks, offsets, dense, grid=grid, capacity=capacity)
-        return Bitmap(offsets, values, (M, K), masks, grid=grid)
-    offsets = count_tiled_csl(dense, grid=grid)
-    ends = np.asarray(offsets[:, -1]).astype(np.int64)
+    known, *read = count(dense, format=format, grid=grid, step=step)
+    ends, negative_zeros = jax.device_get(read)
     # Never empty, as on the host.
-    capacity = max(VECTOR, int((ends @ [tiled_csl.CHUNK, VECTOR]).max()))
-    index_capacity = max(VECTOR // 2, int((ends @ [tiled_csl.CHUNK // 8, VECTOR // 2]).max()))
-    index, values = fill_tiled_csl(
-        offsets, dense, grid=grid, capacity=capacity, index_capacity=index_capacity
-    )
-    return TiledCSL(offsets, values, (M, K), index, grid=grid)
+    units = [[VECTOR], [0]] if format == "bitmap" else [[CHUNK, VECTOR], [CHUNK // 8, VECTOR // 2]]
+    needed = (ends.astype(np.int64).reshape(-1, len(units[0])) @ np.transpose(units)).max(0)
+    capacity, index_capacity = max(VECTOR, int(needed[0])), max(VECTOR // 2, int(needed[1]))
+    sizes = {"capacity": capacity, "index_capacity": index_capacity}
+    *index, values = fill(known, dense, format=format, grid=grid, **sizes)
+    *masks, offsets = known
+    cls = Bitmap if format == "bitmap" else TiledCSL
+    return cls(offsets, values, (M, K), *masks, *index, grid=grid), int(negative_zeros)
+
+
+@jax.jit
+def count_nonzeros(dense: jax.Array) -> jax.Array:
+    """Per row of [M, K], by bits: a total might not fit 32 of them."""
+    return jnp.count_nonzero(lax.bitcast_convert_type(dense, jnp.uint16), axis=1)
+
+
+@partial(jax.jit, static_argnames=("format", "grid", "step"))
+def count(dense, *, format, grid, step):
+    """What is known before the values are: (masks, offsets) or (offsets,); the offsets' ends; and
+    how many -0.0 every `step`th row has in all."""
+    S, rows, cols = _shard(dense, grid)
+    if format == "bitmap":
+        bands, tiles, blocks = bitmap.grid_of(rows, cols)
+        out = [_words(S, bands, tiles, 32), _words(S, bands * blocks + 1)]
+    else:
+        bands, blocks = tiled_csl.grid_of(rows, cols)
+        out = [_words(S, bands * blocks + 1, 2)]
+    known = _call(f"count_{format}", out, dense, grid=grid)
+    some = lax.bitcast_convert_type(dense[::step], jnp.uint16)
+    return known, known[-1][:, -1], jnp.count_nonzero(some == 0x8000)
+
+
+@partial(jax.jit, static_argnames=("format", "grid", "capacity", "index_capacity"))
+def fill(known, dense, *, format, grid, capacity, index_capacity):
+    """[values], or [index, values] of Tiled-CSL."""
+    S, *_ = _shard(dense, grid)
+    out = [jax.ShapeDtypeStruct((S, capacity), dense.dtype)]
+    if format == "tiled_csl":
+        out = [_words(S, index_capacity), *out]
+    return _call(f"fill_{format}", out, *known, dense, grid=grid)
 
 
 def _call(target: str, out: Any, *operands: jax.Array, grid: tuple[int, int]) -> Any:
@@ -88,31 +112,3 @@ def _shard(dense: jax.Array, grid: tuple[int, int]) -> tuple[int, int, int]:
     """Shards, and their rows and columns."""
     (M, K), (R, C) = dense.shape, grid
     return R * C, -(-M // R), -(-K // C)
-
-
-@partial(jax.jit, static_argnames="grid")
-def count_bitmap(dense, *, grid):
-    S, rows, cols = _shard(dense, grid)
-    bands, tiles, blocks = bitmap.grid_of(rows, cols)
-    out = _words(S, bands, tiles, 32), _words(S, bands * blocks + 1)
-    return _call("count_bitmap", out, dense, grid=grid)
-
-
-@partial(jax.jit, static_argnames=("grid", "capacity"))
-def fill_bitmap(masks, offsets, dense, *, grid, capacity):
-    out = jax.ShapeDtypeStruct((_shard(dense, grid)[0], capacity), dense.dtype)
-    return _call("fill_bitmap", out, masks, offsets, dense, grid=grid)
-
-
-@partial(jax.jit, static_argnames="grid")
-def count_tiled_csl(dense, *, grid):
-    S, rows, cols = _shard(dense, grid)
-    bands, blocks = tiled_csl.grid_of(rows, cols)
-    return _call("count_tiled_csl", _words(S, bands * blocks + 1, 2), dense, grid=grid)
-
-
-@partial(jax.jit, static_argnames=("grid", "capacity", "index_capacity"))
-def fill_tiled_csl(offsets, dense, *, grid, capacity, index_capacity):
-    S, *_ = _shard(dense, grid)
-    out = _words(S, index_capacity), jax.ShapeDtypeStruct((S, capacity), dense.dtype)
-    return _call("fill_tiled_csl", out, offsets, dense, grid=grid)
