@@ -3,12 +3,6 @@
 import errno
 import json
 import os
-import pathlib
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -252,38 +246,3 @@ def test_an_error_of_the_source_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         save_packed(tmp_path / "out", CONFIG, tensors())
     assert os.listdir(tmp_path) == []
-
-
-CHILD = """
-import sys, types, numpy as np
-sys.modules["jax_flashllm"] = package = types.ModuleType("jax_flashllm")
-package.__path__ = [sys.argv[1]]  # the package without its imports, to start at once
-from jax_flashllm.models.checkpoint import save_packed
-value = 1
-while True:
-    tensors = [(f"w{i}.weight", np.full((64, 256), value, np.float16)) for i in range(8)]
-    save_packed(sys.argv[2], {"v": value}, tensors, overwrite=True, max_shard_bytes=100_000)
-    print(value, flush=True)
-    value = value % 1000 + 1
-"""
-
-
-def test_killed_at_any_moment(tmp_path):
-    """kill -9 while one directory is replaced over and over: always one whole checkpoint."""
-    out = tmp_path / "out"
-    package = pathlib.Path(save.__file__).parents[2]
-    rng = random.Random(5)
-    for _ in range(8):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, package, out], stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout.readline()  # one is written
-        time.sleep(rng.random() * 0.1)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-        with open_checkpoint(out) as checkpoint:
-            values = {checkpoint.config["v"]}
-            for i in range(8):
-                values |= set(np.unique(checkpoint.read(f"w{i}.weight")).tolist())
-        assert len(values) == 1

@@ -1,13 +1,17 @@
-"""Threads, many calls, dropped models, a fork: a little of tests/stress/load.py."""
+"""Load, faults and repetition: a little of each script in tests/stress."""
 
 import os
 import pathlib
+import shutil
+import subprocess
 import sys
 
 import pytest
 from tiny_opt import quick_compiles  # noqa: F401
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "stress"))
+import determinism
+import faults
 import load
 
 
@@ -39,3 +43,28 @@ def test_a_fork_says_that_it_would_hang(fresh_process):
     said = fresh_process(FORK, str(tests / "stress"), str(tests))
     assert said.startswith("RuntimeError: spmm: this process was forked")
     assert "'spawn'" in said
+
+
+def test_killed_while_saving(tmp_path):
+    faults.kill_while_saving(8, tmp_path)
+
+
+def test_killed_while_pruning(tmp_path):
+    faults.kill_while_pruning(4, tmp_path)
+
+
+def test_interrupted_generations(tmp_path):
+    faults.interrupt_generations(4, tmp_path)
+
+
+def test_a_full_disk(tmp_path):
+    if os.geteuid() or not shutil.which("mount"):
+        pytest.skip("needs root, for a tmpfs")
+    try:
+        assert "the disk is full; free space there" in faults.fill_a_disk(tmp_path)
+    except subprocess.CalledProcessError:
+        pytest.skip("no tmpfs can be mounted here")
+
+
+def test_the_same_tokens_and_bits_every_time(tmp_path):
+    determinism.determinism(load.tiny_model(tmp_path, num_hidden_layers=1), 5, tokens=24)

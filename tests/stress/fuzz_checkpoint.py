@@ -6,8 +6,9 @@ Every mutation must end in CheckpointError, with file and field, or in tensors o
 shapes; of config.json and of a whole model's names also in the model's own ValueError. Anything
 else, or a read of more than a second of CPU time, stops the run and keeps the file.
 
-Memory: the process may not grow past 2x the file + 64 MB, which the system sees to: MemoryError,
-also as a CheckpointError's cause, stops the run. One mutation in 17 is measured.
+Memory: a first twentieth of the mutations is measured. After it the process may not grow past 2x
+the file + 64 MB, which the system sees to: MemoryError, also as a CheckpointError's cause, stops
+the run.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def main() -> None:
     for kind, (_, _, others) in kinds.items():
         model_dir(directory / kind, **others)
     tqdm.tqdm.monitor_interval = 0  # its thread would reserve address space of its own
-    limit_memory(2 * max(len(data) for _, data, _ in kinds.values()) + (64 << 20))
+    tracemalloc.start()
     began = time.monotonic()
     files = [kind for kind in kinds if kind not in WHOLE]
     for i in tqdm.trange(options.count, mininterval=30):
@@ -115,9 +116,12 @@ def main() -> None:
         name, data, _ = kinds[kind]
         data = mutate(data, rng, focus=1500)
         (directory / kind / name).write_bytes(data)
-        measured = i % 17 == 1
+        if i == options.count // 20:
+            tracemalloc.stop()
+            limit_memory(2 * max(len(data) for _, data, _ in kinds.values()) + (64 << 20))
+        measured = tracemalloc.is_tracing()
         if measured:
-            tracemalloc.start()
+            tracemalloc.reset_peak()
         start = time.process_time()
         try:
             error = read(directory / kind)
@@ -126,8 +130,6 @@ def main() -> None:
             assert error is None or not isinstance(error.__cause__, MemoryError)
             assert seconds < 1, f"{seconds} s"
             assert peak < 2 * len(data) + (64 << 20), f"{peak} bytes"
-            if measured:
-                tracemalloc.stop()
         except BaseException:
             print(f"mutation {i}, seed {options.seed}: kept {directory / kind / name}")
             raise

@@ -8,13 +8,10 @@ rest given back the same call must work, and all memory come back after it.
 Determinism: the same tokens, and the same logits bit for bit, every time and in every row.
 """
 
-import argparse
 import contextlib
 import gc
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jax_flashllm as jf
@@ -87,42 +84,5 @@ def memory() -> None:
     exhausts("generate", lambda: generate(model, prompts, 2, eos_token_id=()), 32 << 20)
 
 
-def determinism(repeats: int) -> None:
-    model = opt.load(DEMO)
-    prompt = np.random.default_rng(0).integers(3, model.config.vocab_size, 16)
-    start = time.monotonic()
-    first = generate(model, prompt, 256, eos_token_id=())
-    forward = jax.jit(model)
-    logits = np.asarray(forward(first)).tobytes()
-    for _ in range(repeats - 1):
-        np.testing.assert_array_equal(generate(model, prompt, 256, eos_token_id=()), first)
-        assert np.asarray(forward(first)).tobytes() == logits
-    print(f"{repeats} generations of 256 tokens: the same, logits to the last bit "
-          f"({time.monotonic() - start:.0f} s)", flush=True)  # fmt: skip
-    rows = generate(model, np.tile(prompt, (8, 1)), 256, eos_token_id=())
-    assert (rows == rows[0]).all()
-    same = int((rows[0] == first[0]).cumprod().sum())
-    print(
-        f"8 rows of the same prompt: the same tokens; {same} of 256 as in a batch of 1", flush=True
-    )
-    others = np.random.default_rng(1).integers(3, model.config.vocab_size, (8, 16))
-    for at in (0, 3, 7):
-        batch = others.copy()
-        batch[at] = prompt
-        got = generate(model, batch, 256, eos_token_id=())
-        np.testing.assert_array_equal(got[at], rows[0])
-    print("the same tokens in rows 0, 3 and 7 beside other prompts", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=100)
-    options = parser.parse_args()
-    jnp.zeros(1)  # the backend starts
-    if DEVICE.memory_stats():  # a CPU has none
-        memory()
-    determinism(options.repeats)
-
-
 if __name__ == "__main__":
-    main()
+    memory()
