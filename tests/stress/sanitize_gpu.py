@@ -22,6 +22,7 @@ import time
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -30,6 +31,7 @@ from reference import FLOATS, FORMATS, HALVES, assert_product, bits, sparse_matr
 
 import jax_flashllm as jf
 from jax_flashllm import _flashllm, plan
+from jax_flashllm.formats import on_gpu
 
 P, I64 = c.c_void_p, c.c_int64
 DTYPES = {"uint8": 6, "uint32": 8, "float16": 10, "float32": 11, "bfloat16": 16, "int64": 5}
@@ -125,7 +127,7 @@ class Runtime:
 
     def call(self, target: str, out, *operands, **attributes) -> list[np.ndarray]:
         """Results of the handler; raises Refused with its message."""
-        outs = out if isinstance(out, tuple) else (out,)
+        outs = out if isinstance(out, tuple | list) else (out,)
         arrays = [np.ascontiguousarray(o) for o in operands]
         memory = [self.allocate(a, a.nbytes) for a in arrays]
         sizes = [math.prod(o.shape) * np.dtype(o.dtype).itemsize for o in outs]
@@ -178,7 +180,7 @@ class Runtime:
 
         names = sorted(attributes)
         spans = [Span(n.encode(), len(n)) for n in names]
-        scalars = [Scalar(DTYPES["int64"], array(I64, [attributes[n]])) for n in names]
+        scalars = [Scalar(DTYPES["int64"], array(I64, [int(attributes[n])])) for n in names]
         keep += [spans, scalars]
         kinds = array(c.c_int, [3] * len(names))
         attrs = Attributes(
@@ -224,6 +226,19 @@ def sample(run: Runtime, w, dense):
     return run.call(f"flashllm_sample_{w.format}_v1", out, *operands, m=m, k=k)[0]
 
 
+def encode(run: Runtime, dense, w, damaged=None) -> list[np.ndarray]:
+    """The buffers of w as the GPU encodes `dense`; `damaged` is taken for what was counted."""
+    on_gpu._call = lambda target, out, *operands, grid: run.call(
+        f"flashllm_{target}_v1", out, *operands, row_blocks=grid[0], column_blocks=grid[1]
+    )
+    how = {"format": w.format, "grid": (w.row_shards, w.column_shards)}
+    known, *_ = on_gpu.count.__wrapped__(jnp.asarray(dense), step=1, **how)
+    sizes = {"capacity": w.values.shape[1], "index_capacity": w.buffers[0].shape[-1]}
+    known = known if damaged is None else damaged
+    rest = on_gpu.fill.__wrapped__(known, jnp.asarray(dense), **sizes, **how)
+    return [*known, *rest]
+
+
 def weight(shape, dtype, density, format, shards, seed):
     dense = sparse_matrix(shape, dtype, density, seed)
     return dense, jax.tree.map(np.asarray, jf.encode(dense, format, shards))
@@ -248,7 +263,12 @@ def valid(run: Runtime, quick: bool) -> int:
         decoded = decode(run, w)
         np.testing.assert_array_equal(bits(decoded[: shape[0]]), bits(dense))
         np.testing.assert_array_equal(bits(sample(run, w, decoded)), bits(w.values))
-        count += 2
+        if not run.host:
+            index, offsets = w.buffers
+            expected = [index, offsets] if format == "bitmap" else [offsets, index]
+            for got, want in zip(encode(run, dense, w), [*expected, w.values], strict=True):
+                np.testing.assert_array_equal(bits(got), bits(want))
+        count += 4
     return count
 
 
@@ -295,7 +315,11 @@ def garbage(run: Runtime, count: int, seed: int) -> int:
         n, token = int(rng.choice([1, 8, 12, 20, 40, 70])), FLOATS[i % 3]
         x = rng.standard_normal((n, shape[1]), np.float32).astype(token)
         rows = np.resize(dense, (w.shards * w.shard_rows, shape[1]))
-        for call, *args in [(spmm, w, x, None, None), (decode, w), (sample, w, rows)]:
+        calls = [(spmm, w, x, None, None), (decode, w), (sample, w, rows)]
+        if not run.host:
+            known = [index, offsets] if format == "bitmap" else [offsets]
+            calls.append((encode, dense, w, known))
+        for call, *args in calls:
             try:
                 call(run, *args)
             except Refused:
@@ -313,7 +337,7 @@ def main() -> None:
     run, start = Runtime(options.host), time.monotonic()
     if options.garbage:
         refused = garbage(run, options.garbage, options.seed)
-        done = f"{options.garbage} damaged weights, {3 * options.garbage} calls, {refused} refused"
+        done = f"{options.garbage} damaged weights, {refused} calls refused"
     else:
         done = f"{valid(run, options.quick)} calls on what encode wrote, all right"
     print(f"sanitize_gpu: {done}, {time.monotonic() - start:.1f} s", flush=True)

@@ -1,0 +1,1 @@
+# encode's flow with fake handlers, host
