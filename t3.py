@@ -1,1 +1,0 @@
-# encode's flow with fake handlers, host
