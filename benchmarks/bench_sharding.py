@@ -9,18 +9,24 @@ all of them from memory. `--layers` bounds how many are built; where even they d
 says so and has no time. A step is `OPT.__call__` for one token of each row with a full cache,
 the cache donated. Its time is the median of `--steps` calls in a row, each waited for.
 
-share_collectives is 1 - t'/t, t' the same step with the sums over devices left out (its results
-are wrong, its work is not). efficiency is t(1) / (n t(n)), 1 the smallest tp of the same model.
-The compiled step is searched for gathers of more than the logits; there must be none.
+The profile of a few more steps gives share_collectives, the time that a device spends in NCCL's
+kernels, waiting for the others included (mean over devices), and counts these kernels. With
+--without-sums there is also share_without, 1 - t'/t, t' the same step with the sums over devices
+left out (its results are wrong, its other work is the same). efficiency is t(1) / (n t(n)), 1 the
+smallest tp of the same rows. Rows that are in the CSV stay. The compiled step is searched for
+gathers of more than the logits; there must be none.
 """
 
 import argparse
+import collections
 import csv
 import dataclasses
+import functools
 import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -91,10 +97,7 @@ class Synthetic:
 
     def _filled(self, shape, *spec):
         """Made where it lies: dense matrices of a large model do not fit on a host."""
-        make = jax.jit(
-            lambda: jnp.full(shape, 0.01, self.dtype), out_shardings=self.layout.sharding(*spec)
-        )
-        return make()
+        return _filling(shape, self.dtype, self.layout.sharding(*spec))()
 
     def _weight(self, M, K, rows, columns):
         key = M, K, rows, columns
@@ -108,6 +111,11 @@ class Synthetic:
             grid = n if rows else 1, n if columns else 1
             self.drawn[key] = place(encode_on_host(dense, "bitmap", grid), sharding)
         return jax.tree.map(jnp.copy, self.drawn[key])
+
+
+@functools.cache
+def _filling(shape, dtype, sharding):
+    return jax.jit(lambda: jnp.full(shape, 0.01, dtype), out_shardings=sharding)
 
 
 def step_of(model: OPT, batch: int, slots: int):
@@ -141,8 +149,8 @@ def step_of(model: OPT, batch: int, slots: int):
     return run.lower(leaves, token, cache).compile(), leaves, token, cache
 
 
-def time_steps(compiled, leaves, token, cache, steps: int) -> tuple[float, float]:
-    """Median and interquartile range, in microseconds."""
+def time_steps(compiled, leaves, token, cache, steps: int):
+    """Median and interquartile range, in microseconds; then the token and the cache."""
     times = []
     for i in range(steps + 3):
         start = time.perf_counter()
@@ -151,7 +159,38 @@ def time_steps(compiled, leaves, token, cache, steps: int) -> tuple[float, float
         if i >= 3:
             times.append((time.perf_counter() - start) * 1e6)
     quarters = statistics.quantiles(times, n=4)
-    return statistics.median(times), quarters[2] - quarters[0]
+    return statistics.median(times), quarters[2] - quarters[0], token, cache
+
+
+def profile(compiled, leaves, token, cache, steps: int = 5) -> dict:
+    """Columns from a profile: what a device spends a step in kernels, and in which of NCCL's."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as where:
+        with jax.profiler.trace(where, profiler_options=options):
+            for _ in range(steps):
+                token, cache = compiled(leaves, token, cache)
+                token.block_until_ready()
+        (file,) = Path(where).rglob("*.xplane.pb")
+        planes = [
+            plane
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+            if plane.name.startswith("/device:GPU")
+        ]
+        kinds: collections.Counter = collections.Counter()
+        busy = nccl = 0.0
+        for line in (line for plane in planes for line in plane.lines if "Stream" in line.name):
+            for event in line.events:
+                busy += event.duration_ns
+                if kind := re.match(r"nccl\w*?_([A-Za-z]+)", event.name):
+                    kinds[kind[1]] += 1
+                    nccl += event.duration_ns
+    if not planes:
+        return {}
+    each = 1 / steps / len(planes)
+    kernels = " ".join(f"{kind}:{n * each:g}" for kind, n in sorted(kinds.items()))
+    micros = {"us_kernels": busy / 1000 * each, "us_nccl": nccl / 1000 * each}
+    return {k: round(v, 1) for k, v in micros.items()} | {"nccl_kernels": kernels}
 
 
 def largest_gather(compiled) -> int:
@@ -173,17 +212,45 @@ def measure(name, tp, sparsity, args) -> dict:
     compiled, *arguments = step_of(model, args.batch, args.slots)
     gathered = largest_gather(compiled)
     assert gathered <= args.batch * config.vocab_size, f"a gather of {gathered} elements"
-    micros, spread = time_steps(compiled, *arguments, args.steps)
-    share = 0.0
-    if tp > 1:
+    micros, spread, token, cache = time_steps(compiled, *arguments, args.steps)
+    row = {"layers": layers, "bytes_per_device": held, "us": round(micros, 1),
+           "us_spread": round(spread, 1)}  # fmt: skip
+    print(f"{name}, tp {tp}: {micros:.0f} us", flush=True)
+    row |= profile(compiled, arguments[0], token, cache)
+    if "us_nccl" in row:
+        row["share_collectives"] = round(row["us_nccl"] / micros, 3)
+    if args.without_sums and tp > 1:
         fields = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
         for module in [model, *(m for _, m in nnx.iter_modules(model))]:
             if getattr(module, "layout", None) is not None:
                 module.layout = WithoutSums(**fields)
         compiled, *arguments = step_of(model, args.batch, args.slots)
-        share = max(0.0, 1 - time_steps(compiled, *arguments, args.steps)[0] / micros)
-    return {"layers": layers, "bytes_per_device": held, "us": round(micros, 1),
-            "us_spread": round(spread, 1), "share_collectives": round(share, 3)}  # fmt: skip
+        without = time_steps(compiled, *arguments, args.steps)[0]
+        row["share_without"] = round(1 - without / micros, 3)
+    return row
+
+
+def read(path: Path | None) -> list[dict]:
+    if path is None or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    fields = list(dict.fromkeys(k for r in rows for k in r))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def efficiency(row: dict, rows: list[dict]) -> float | None:
+    """Of a row with a time, against the smallest tp among rows like it."""
+    same = ("model", "weights", "sparsity", "batch", "slots", "dtype", "layers", "device")
+    like = [r for r in [*rows, row] if r.get("us") and all(str(r[k]) == str(row[k]) for k in same)]
+    first = min(like, key=lambda r: int(r["tp"]))
+    return round(int(first["tp"]) * float(first["us"]) / (row["tp"] * row["us"]), 3)
 
 
 def main() -> None:
@@ -195,6 +262,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--slots", type=int, default=512)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--weights", nargs="+", default=["sparse", "dense"])
+    parser.add_argument("--without-sums", action="store_true", help="time that as well")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
@@ -202,32 +271,26 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
     ).stdout.strip()
-    rows = []
+    rows = read(args.csv)
     for name in args.models:
-        for sparsity in (args.sparsity, None):
-            first = None
+        for weights in args.weights:
+            sparsity = args.sparsity if weights == "sparse" else None
             for tp in args.tp:
-                row = {"model": name, "weights": "dense" if sparsity is None else "sparse",
-                       "sparsity": sparsity, "tp": tp, "batch": args.batch, "slots": args.slots,
-                       "dtype": args.dtype}  # fmt: skip
+                row = {"model": name, "weights": weights, "sparsity": sparsity or "", "tp": tp,
+                       "batch": args.batch, "slots": args.slots, "dtype": args.dtype,
+                       "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+                       "host": platform.machine(), "commit": commit}  # fmt: skip
                 try:
                     row |= measure(name, tp, sparsity, args)
-                    first = first or (tp, row["us"])
-                    row["efficiency"] = round(first[0] * first[1] / (tp * row["us"]), 3)
+                    row["efficiency"] = efficiency(row, rows)
                 except jax.errors.JaxRuntimeError as error:
                     if "RESOURCE_EXHAUSTED" not in str(error):
                         raise
                     row["note"] = "does not fit"
-                row |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__,
-                        "host": platform.machine(), "commit": commit}  # fmt: skip
                 rows.append(row)
                 print(row, flush=True)
                 if args.csv:
-                    fields = list(dict.fromkeys(k for r in rows for k in r))
-                    with args.csv.open("w", newline="") as file:
-                        writer = csv.DictWriter(file, fields)
-                        writer.writeheader()
-                        writer.writerows(rows)
+                    write(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes of four CPU devices each: real gRPC, real collectives, one text."""
+"""Two processes of four CPU devices each, or of one GPU: real gRPC, real collectives, one text."""
 
 import os
 import re
@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_opt
@@ -18,7 +19,8 @@ import jax_flashllm.models
 from jax_flashllm.models.cli import main
 
 CLI = "import sys; from jax_flashllm.models.cli import main; sys.exit(main())"
-PROMPT = ["generate", "--prompt", "Alice looked up", "--temperature", "0"]
+PROMPT = ["generate", "--prompt", "Alice looked up", "--temperature", "0", "--dtype", "float32"]
+ON_GPU = jax.default_backend() == "gpu"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +47,7 @@ def start(model, *arguments, heartbeat=30, processes=2, devices=4):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    env = os.environ | {
+    own = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
@@ -54,7 +56,8 @@ def start(model, *arguments, heartbeat=30, processes=2, devices=4):
             [sys.executable, "-P", "-c", CLI, *PROMPT, "--model", model, *arguments,
              "--distributed", "--coordinator", address, "--processes", str(processes),
              "--process", str(i), "--heartbeat", str(heartbeat)],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(i)} if ON_GPU else own),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for i in range(processes)
     ]  # fmt: skip
