@@ -9,12 +9,13 @@ all of them from memory. `--layers` bounds how many are built; where even they d
 says so and has no time. A step is `OPT.__call__` for one token of each row with a full cache,
 the cache donated. Its time is the median of `--steps` calls in a row, each waited for.
 
-The profile of a few more steps gives share_collectives, the time that a device spends in NCCL's
-kernels, waiting for the others included (mean over devices), and counts these kernels. With
---without-sums there is also share_without, 1 - t'/t, t' the same step with the sums over devices
-left out (its results are wrong, its other work is the same). efficiency is t(1) / (n t(n)), 1 the
-smallest tp of the same rows. Rows that are in the CSV stay. The compiled step is searched for
-gathers of more than the logits; there must be none.
+The profile of a few more steps gives us_kernels, what a device spends in kernels, of which
+us_collectives in those of collectives, waiting for the others included (means over devices and
+steps), and counts the latter; share_collectives is their share of us. With --without-sums there is
+also share_without, 1 - t'/t, t' the same step with the sums over devices left out (its results are
+wrong, its other work is the same). efficiency is t(1) / (n t(n)), 1 the smallest tp of the same
+rows. Rows that are in the CSV stay. The compiled step is searched for gathers of more than the
+logits; there must be none.
 """
 
 import argparse
@@ -43,6 +44,8 @@ from jax_flashllm.models.mesh import Layout
 from jax_flashllm.models.opt import LAYER_NORM_EPSILON, OPT
 from jax_flashllm.nn import SparseDense
 
+# In the name of a kernel: NCCL's ncclDevKernel_AllReduce_..., or one of XLA's own.
+COLLECTIVE = re.compile("(all|reduce)[-_ ]?(reduce|gather|scatter|to[-_ ]?all)", re.IGNORECASE)
 SLAB = 512  # rows of a matrix that are drawn; the others repeat them
 
 
@@ -163,7 +166,7 @@ def time_steps(compiled, leaves, token, cache, steps: int):
 
 
 def profile(compiled, leaves, token, cache, steps: int = 5) -> dict:
-    """Columns from a profile: what a device spends a step in kernels, and in which of NCCL's."""
+    """Columns from a profile: what a device spends in kernels, and in which collectives."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as where:
@@ -177,20 +180,23 @@ def profile(compiled, leaves, token, cache, steps: int = 5) -> dict:
             for plane in jax.profiler.ProfileData.from_file(str(file)).planes
             if plane.name.startswith("/device:GPU")
         ]
-        kinds: collections.Counter = collections.Counter()
-        busy = nccl = 0.0
+        counts: collections.Counter = collections.Counter()
+        micros: collections.Counter = collections.Counter()
         for line in (line for plane in planes for line in plane.lines if "Stream" in line.name):
             for event in line.events:
-                busy += event.duration_ns
-                if kind := re.match(r"nccl\w*?_([A-Za-z]+)", event.name):
-                    kinds[kind[1]] += 1
-                    nccl += event.duration_ns
+                counts[event.name] += 1 / steps / len(planes)
+                micros[event.name] += event.duration_ns / 1000 / steps / len(planes)
     if not planes:
         return {}
-    each = 1 / steps / len(planes)
-    kernels = " ".join(f"{kind}:{n * each:g}" for kind, n in sorted(kinds.items()))
-    micros = {"us_kernels": busy / 1000 * each, "us_nccl": nccl / 1000 * each}
-    return {k: round(v, 1) for k, v in micros.items()} | {"nccl_kernels": kernels}
+    for name, spent in micros.most_common(8):
+        print(f"  {spent:9.1f} us in {counts[name]:g} x {name[:80]}")
+    kinds: collections.Counter = collections.Counter()
+    for name, n in counts.items():
+        if kind := COLLECTIVE.search(name):
+            kinds[re.sub("[^a-z]", "", kind[0].lower())] += n
+    spent = sum(t for name, t in micros.items() if COLLECTIVE.search(name))
+    return {"us_kernels": round(sum(micros.values()), 1), "us_collectives": round(spent, 1),
+            "collectives": " ".join(f"{k}:{n:g}" for k, n in sorted(kinds.items()))}  # fmt: skip
 
 
 def largest_gather(compiled) -> int:
@@ -217,8 +223,8 @@ def measure(name, tp, sparsity, args) -> dict:
            "us_spread": round(spread, 1)}  # fmt: skip
     print(f"{name}, tp {tp}: {micros:.0f} us", flush=True)
     row |= profile(compiled, arguments[0], token, cache)
-    if "us_nccl" in row:
-        row["share_collectives"] = round(row["us_nccl"] / micros, 3)
+    if "us_collectives" in row:
+        row["share_collectives"] = round(row["us_collectives"] / micros, 3)
     if args.without_sums and tp > 1:
         fields = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
         for module in [model, *(m for _, m in nnx.iter_modules(model))]:

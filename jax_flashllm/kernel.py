@@ -27,7 +27,9 @@ ACTIVATIONS = {
     "relu": (1, jax.nn.relu),
     "gelu": (2, partial(jax.nn.gelu, approximate=False)),
 }
-NO_BIAS = (0,)  # the shape of an absent bias
+# The shape of an absent bias, which nobody reads. Not an empty one: XLA's GPU compiler (jax 0.11.2)
+# crashes on empty arrays that enter a shard_map.
+NO_BIAS = (1, 1)
 
 _HAS_CUDA = hasattr(_flashllm, "cuda_targets")
 
@@ -88,9 +90,9 @@ spmm_p = Primitive("flashllm_spmm")
 
 def _spmm_roles(index, offsets, values, x, bias):
     x_roles = *range(x.ndim - 1), COLUMNS
-    bias_role = OWN if bias.shape == NO_BIAS else ROWS
+    bias_roles = (OWN, OWN) if bias.shape == NO_BIAS else (ROWS,)
     result = *range(x.ndim - 1), ROWS
-    return [*_weight_roles(index, offsets, values), x_roles, (bias_role,)], result
+    return [*_weight_roles(index, offsets, values), x_roles, bias_roles], result
 
 
 def _spmm_shape(*args, format, shape, activation, columns):
@@ -106,6 +108,10 @@ def _spmm_shape(*args, format, shape, activation, columns):
     if columns > 1 and (activation is not None or bias.shape == (rows,)):
         raise ValueError("spmm: bias and activation come after the sum over column blocks")
     return jax.ShapeDtypeStruct((*x.shape[:-1], rows), x.dtype)
+
+
+def _has_bias(bias, batch) -> bool:
+    return bias.ndim - sum(level[-1] for level in batch) == 1
 
 
 def _spmm_cpu(*args, format, shape, activation):
@@ -124,9 +130,11 @@ def _spmm_cuda(*args, **params):
 
 def _spmm_columns(local, /, *args, shape, columns, **params):
     """The sum over the column blocks that a device has, in float32."""
-    if columns == 1:
-        return local(*args, shape=shape, **params)
     *w, x, bias = args
+    if bias.shape == NO_BIAS:
+        bias = jnp.zeros(0, bias.dtype)  # what the handlers take for none
+    if columns == 1:
+        return local(*w, x, bias, shape=shape, **params)
     y = jnp.zeros((), jnp.float32)
     for part, k in _by_column(shape, columns, *w):
         xk = x[..., k]
@@ -150,7 +158,7 @@ def _spmm_jvp(primals, tangents, *, activation, batch, **params):
         dz.append(linear(*index, dvalues, x, none, batch=plain))
     if missing:
         dz = [jnp.broadcast_to(jnp.expand_dims(d, missing), z.shape) for d in dz]
-    if type(dbias) is not ad.Zero and dbias.size:
+    if type(dbias) is not ad.Zero and _has_bias(bias, batch):
         dims = *(i for i, level in enumerate(batch) if level[-1]), z.ndim - 1
         where = partition.explicit(jax.typeof(z))
         dz.append(lax.broadcast_in_dim(dbias.astype(z.dtype), z.shape, dims, out_sharding=where))
@@ -192,7 +200,7 @@ def _spmm_transpose(ct, *args, activation, batch, out_sharding, **params):
         bars = jax.vmap(bars, (0, tuple(axes[:2]), *of_known))
     values_bar, x_bar = bars(ct, index, *known)
     bias_bar = None
-    if ad.is_undefined_primal(bias) and bias.aval.size:
+    if ad.is_undefined_primal(bias) and _has_bias(bias.aval, batch):
         bias_bar = ct.sum(tuple(range(len(batch), ct.ndim - 1)), dtype=jnp.float32)
         bias_bar = _shared(bias_bar, batch, 4).astype(bias.aval.dtype)
     return [None, None, _shared(values_bar, batch, 2), _shared(x_bar, batch, 3), bias_bar]

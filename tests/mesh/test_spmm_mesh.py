@@ -1,6 +1,7 @@
 """Products over meshes: right to the bit, with these collectives and no others."""
 
 import contextlib
+import re
 import warnings
 
 import jax
@@ -256,6 +257,20 @@ def test_inside_a_shard_map_sums_are_the_callers(kind):
     )  # fmt: skip
     x = put(mesh, X, "b", None, "a")
     run(f, w, x, y=Y, moves=[("all-reduce", Y_BYTES // 2)])
+
+
+@both
+def test_nothing_empty_enters_a_shard_map(kind):
+    """XLA's GPU compiler crashes where something does (jax 0.11.2)."""
+    mesh = mesh_of(kind)
+    w, x = jf.shard(jf.encode(W), mesh, "a"), put(mesh, X)
+    f = jf.spmm  # which an Explicit mesh makes a shard_map
+    if kind == AUTO:
+        f = jax.shard_map(f, mesh=mesh, in_specs=(P("a"), P()), out_specs=P(None, None, "a"))
+    text = jax.jit(f).lower(w, x).as_text()
+    (entering,) = re.findall(r"^ +} : \((.*)\) -> tensor<", text, re.MULTILINE)
+    assert entering.count("tensor<") >= 4
+    assert "<0x" not in entering
 
 
 @both
