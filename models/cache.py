@@ -23,6 +23,8 @@ from jax import lax
 
 from jax_flashllm.models.config import OPTConfig
 
+DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class KVCache:
 
     @classmethod
     def create(cls, config: OPTConfig, batch: int, slots: int, dtype: Any) -> KVCache:
-        """An empty cache for `batch` rows of `slots` tokens, in float16, bfloat16 or float32."""
+        """An empty cache for `batch` rows of `slots` tokens, in any of `DTYPES`."""
         shape = (batch * config.num_attention_heads, slots, config.head_dim)
         layers = range(config.num_hidden_layers)
         return cls(
@@ -64,9 +66,12 @@ class KVCache:
 
     def write(self, layer: int, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Layer `layer`'s keys and values with k and v, [B * h, T, d], put at the next slots."""
-        start = (0, self.length, 0)
-        keys, values = self.keys[layer], self.values[layer]
-        return (
-            lax.dynamic_update_slice(keys, k.astype(keys.dtype), start),
-            lax.dynamic_update_slice(values, v.astype(values.dtype), start),
-        )
+        return put(self.keys[layer], k, self.length), put(self.values[layer], v, self.length)
+
+
+def put(held: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """`held` [B * h, S, d] with `new` [B * h, T, d] at slots `at` and on."""
+    if held.dtype == jnp.float8_e4m3fn:  # it has no Inf: what is past its range would be NaN
+        most = float(jnp.finfo(held.dtype).max)
+        new = jnp.clip(new, -most, most)
+    return lax.dynamic_update_slice(held, new.astype(held.dtype), (0, at, 0))

@@ -1,15 +1,18 @@
-"""Generation: one prefill, then one decode step a token, each compiled once per shape bucket.
+"""Generation: one prefill, then a loop of decode steps on the device, each compiled once.
 
-    prefill  ids [B, T] -> cache, token [B]     T padded on the left to a bucket
-    decode   cache, token [B] -> cache, token   the cache is donated and updated in place
+    prefill  ids [B, T] -> state        T padded on the left to a bucket
+    decode   state -> state, tokens     up to CHUNK steps, fewer when every row has ended
 
-The decode program compiles in a thread while the prefill compiles and runs. Step t + 1 is
-dispatched before the token of step t is looked at, so Python's work hides behind the device's.
+The state (cache, last tokens, which rows go on) is donated and updated in place. The decode program
+compiles in a thread while the prefill compiles and runs. A chunk is dispatched before the tokens of
+the one before are looked at: Python's work hides behind the device's, and no step waits for it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,13 +24,17 @@ from flax import nnx
 from jax import lax
 
 from jax_flashllm.formats.weight import check_process
-from jax_flashllm.models.cache import KVCache
+from jax_flashllm.models.cache import DTYPES, KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout
 from jax_flashllm.models.opt import OPT
 from jax_flashllm.models.sampling import Sampling, row_uniforms, sample
 
 NAN_LOGITS = -1  # in the place of a token
+CHUNK = 32  # decode steps a dispatch, at most
+# Tokens are wanted this often where somebody watches: fewer steps a dispatch on a slow model.
+STREAM_SECONDS = 0.1
+_ANY = -2  # in the place of a token of `ends`: whatever was there
 
 
 def generate(
@@ -53,8 +60,10 @@ def generate(
     seed: 0 to 2**64 - 1; a row's draws depend on it, on the row's index and on the step alone.
     stop: the token sequence, or several, that ends a row.
     eos_token_id: the id or ids that end a row; None takes the config's, () none.
-    on_token: called after each step with that step's tokens, int32 [B].
-    cache_dtype: float16, bfloat16 or float32 for keys and values; None takes the model's dtype.
+    on_token: called with each step's tokens, int32 [B], in order. Steps run on the device up to
+      CHUNK at a time, about STREAM_SECONDS of them.
+    cache_dtype: float16, bfloat16, float32 or float8_e4m3fn for keys and values; None takes the
+      model's dtype.
 
     Returns int32 [B, N], N <= max_new_tokens: the new tokens up to where the last row ended. A row
     includes the end token or stop sequence that ended it and then holds the config's pad_token_id
@@ -76,35 +85,63 @@ def generate(
     ids, mask = np.pad(ids, left, constant_values=pad), np.pad(mask, left)
     if model.layout is not None:
         model.layout.check_rows(B, "generate")
-    slots = _bucket(bucket + max_new_tokens - 1, least=64, steps=4)
-    programs, weights = _programs_of(model, cache_dtype)
-    draws = [None] * max_new_tokens
-    if sampling is not None:
-        draws = list(row_uniforms(seed, B, max_new_tokens).T)
+    slots = _bucket(bucket + max_new_tokens - 1, least=64, steps=8)
+    programs, weights = programs_of(model, cache_dtype)
+    end_table = _table(ends)
+    draws = None if sampling is None else row_uniforms(seed, B, max_new_tokens).T
+    first = None if draws is None else draws[0]
 
     output = _Output(B, max_new_tokens, pad, ends, on_token)
     with ThreadPoolExecutor(1) as thread:
         compiling = None
         if max_new_tokens > 1:
-            compiling = programs.compile(thread, weights, ids, mask, sampling, draws[0], slots)
-        cache, token = programs.prefill(weights, ids, mask, sampling, draws[0], slots)
-        output.add(token)  # shown while the decode program may still be compiling
+            compiling = programs.compile(thread, weights, ids, mask, end_table, sampling, slots)
+        state = programs.prefill(weights, ids, mask, end_table, sampling, first, slots)
+        output.add(state.recent[:, -1])  # shown while the decode program may still be compiling
         if compiling is not None:
             compiling.result()
-    ahead = None
-    for step in range(1, max_new_tokens):
-        if output.ended:
-            break
-        cache, token = programs.decode(weights, cache, token, sampling, draws[step])
+    pace = _Pace(on_token is not None, model.layout is not None)
+    asked, ahead = 1, None
+    while asked < max_new_tokens and not output.ended:
+        steps = min(pace.steps, max_new_tokens - asked)
+        uniforms = None if draws is None else _rows(draws, asked, steps)
+        state, *chunk = programs.decode(weights, state, end_table, sampling, uniforms, steps)
+        asked += steps
         if ahead is not None:
-            output.add(ahead)
-        ahead = token
-    if ahead is not None and not output.ended:
-        output.add(ahead)
+            pace.done(output.add_chunk(*ahead))
+        ahead = chunk
+    if ahead is not None:
+        output.add_chunk(*ahead)
     return output.tokens[:, : output.length]
 
 
-class _Programs:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Between two steps: what the device keeps."""
+
+    cache: KVCache
+    recent: jax.Array  # int32 [B, L], the newest tokens, as many as the longest end has
+    open: jax.Array  # bool [B], rows that have not ended
+
+
+def _table(ends: list[np.ndarray]) -> np.ndarray:
+    """All ends as int32 [E, L], the shorter ones filled up with _ANY in front."""
+    length = max((len(end) for end in ends), default=1)
+    table = np.full((len(ends), length), _ANY, np.int32)
+    for row, end in zip(table, ends, strict=True):
+        row[length - len(end) :] = end
+    return table
+
+
+def _rows(draws: np.ndarray, start: int, count: int) -> np.ndarray:
+    """`count` rows from `start` on, as [CHUNK, B]."""
+    rows = np.zeros((CHUNK, draws.shape[1]), np.float32)
+    rows[:count] = draws[start : start + count]
+    return rows
+
+
+class Programs:
     """A model's two programs. Weights are a flat list of arrays, which dispatches fastest."""
 
     def __init__(
@@ -118,56 +155,88 @@ class _Programs:
         self.config, self.cache_dtype, self.layout = config, cache_dtype, layout
         self._compiled: set[tuple] = set()
 
-        def step(weights, ids, mask, cache, sampling, uniform):
+        def step(weights, ids, mask, state, ends, sampling, uniform, empty=False):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
-            logits, cache = model(ids, mask, cache, last_only=True)
+            logits, cache = model(ids, mask, state.cache, last_only=True, empty=empty)
             logits = logits[:, 0]
             damaged = jnp.isnan(logits).any(axis=1)
             token = jnp.where(damaged, NAN_LOGITS, sample(logits, sampling, uniform))
             if layout is not None:  # every process reads every row
                 token = lax.with_sharding_constraint(token, layout.sharding())
-            return cache, token
+            recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
+            is_end = (ends == recent[:, None]) | (ends == _ANY)  # [B, E, L]
+            return State(cache, recent, state.open & ~is_end.all(axis=2).any(axis=1))
 
         @functools.partial(jax.jit, static_argnames="slots")
-        def prefill(weights, ids, mask, sampling, uniform, slots):
-            cache = KVCache.create(config, len(ids), slots, cache_dtype)
-            return step(weights, ids, mask, cache, sampling, uniform)
+        def prefill(weights, ids, mask, ends, sampling, uniform, slots):
+            state = self.start(len(ids), slots, ends.shape[1])
+            return step(weights, ids, mask, state, ends, sampling, uniform, empty=True)
 
-        @functools.partial(jax.jit, donate_argnames="cache")
-        def decode(weights, cache, token, sampling, uniform):
-            return step(weights, token[:, None], None, cache, sampling, uniform)
+        @functools.partial(jax.jit, donate_argnames="state")
+        def decode(weights, state, ends, sampling, uniforms, steps):
+            """uniforms: [CHUNK, B].   Returns state, int32 [CHUNK, B] and how many are steps."""
+
+            def go_on(carry):
+                i, state, _ = carry
+                return (i < steps) & state.open.any()
+
+            def one(carry):
+                i, state, tokens = carry
+                uniform = None if uniforms is None else uniforms[i]
+                last = state.recent[:, -1:]
+                state = step(weights, last, None, state, ends, sampling, uniform)
+                return (
+                    i + 1,
+                    state,
+                    lax.dynamic_update_slice(tokens, state.recent[:, -1][None], (i, 0)),
+                )
+
+            tokens = jnp.zeros((CHUNK, len(state.recent)), jnp.int32)
+            count, state, tokens = lax.while_loop(go_on, one, (jnp.int32(0), state, tokens))
+            return state, tokens, count
 
         self.prefill, self.decode = prefill, decode
 
-    def compile(self, thread: ThreadPoolExecutor, weights, ids, mask, sampling, uniform, slots):
+    def start(self, rows: int, slots: int, recent: int) -> State:
+        """With an empty cache, and no token yet."""
+        cache = KVCache.create(self.config, rows, slots, self.cache_dtype)
+        return State(cache, jnp.full((rows, recent), NAN_LOGITS, jnp.int32), jnp.ones(rows, bool))
+
+    def compile(self, thread: ThreadPoolExecutor, weights, ids, mask, ends, sampling, slots):
         """Starts compiling decode for these shapes in `thread`; None when that was done before.
 
         jit's cache is filled as if by a call, and the call finds it there.
         """
         shapes = tuple((w.shape, w.dtype) for w in weights)
-        key = shapes, ids.shape, slots, jax.tree.structure(sampling)
+        key = shapes, ids.shape, slots, ends.shape, jax.tree.structure(sampling)
         if key in self._compiled:
             return None
         self._compiled.add(key)
+        uniform = None if sampling is None else np.zeros(len(ids), np.float32)
         # Traced before the thread starts: both hold Python's lock, and prefill is wanted first.
-        self.prefill.lower(weights, ids, mask, sampling, uniform, slots)
+        self.prefill.lower(weights, ids, mask, ends, sampling, uniform, slots)
+        return thread.submit(
+            lambda: self.lower_decode(weights, len(ids), slots, ends, sampling).compile()
+        )
 
-        def compile_decode():
-            create = functools.partial(KVCache.create, self.config, len(ids), slots)
-            cache = jax.eval_shape(lambda: create(self.cache_dtype))
-            token = jax.ShapeDtypeStruct((len(ids),), jnp.int32)
-            if self.layout is not None:
-                cache, token = self.layout.placed(cache), self.layout.placed(token)
-            self.decode.lower(weights, cache, token, sampling, uniform).compile()
-
-        return thread.submit(compile_decode)
+    def lower_decode(self, weights, rows: int, slots: int, ends, sampling):
+        """decode for such arguments, lowered."""
+        state = jax.eval_shape(lambda: self.start(rows, slots, ends.shape[1]))
+        uniforms = None
+        if sampling is not None:
+            uniforms = jax.ShapeDtypeStruct((CHUNK, rows), np.float32)
+        if self.layout is not None:
+            placed = self.layout.placed
+            state = State(placed(state.cache), placed(state.recent), placed(state.open))
+        return self.decode.lower(weights, state, ends, sampling, uniforms, 1)
 
 
 # Keyed by structure, not by model: a model whose weights moved on keeps its compiled programs.
-_programs = functools.lru_cache(maxsize=8)(_Programs)
+_programs = functools.lru_cache(maxsize=8)(Programs)
 
 
-def _programs_of(model: OPT, cache_dtype: Any) -> tuple[_Programs, list[jax.Array]]:
+def programs_of(model: OPT, cache_dtype: Any = None) -> tuple[Programs, list[jax.Array]]:
+    """A model's programs, and the weights to pass to them."""
     dtype = _check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
     graphdef, state = nnx.split(model)
     weights, treedef = jax.tree.flatten(state)
@@ -187,7 +256,16 @@ class _Output:
     def ended(self) -> bool:
         return not self.open.any()
 
-    def add(self, token: jax.Array) -> None:
+    def add_chunk(self, tokens: jax.Array, count: jax.Array) -> int:
+        """Appends the first `count` rows of tokens [CHUNK, B]; returns how many those are."""
+        steps = int(count)
+        for token in np.asarray(tokens)[:steps]:
+            if self.ended:
+                break
+            self.add(token)
+        return steps
+
+    def add(self, token: jax.Array | np.ndarray) -> None:
         """Appends the step's tokens [B] to the rows still open; waits for the device."""
         column = self.tokens[:, self.length]
         drawn = np.asarray(token)
@@ -204,6 +282,26 @@ class _Output:
                 self.open &= ~(tail == end).all(axis=1)
         if self.on_token is not None:
             self.on_token(column.copy())
+
+
+class _Pace:
+    """How many steps to ask for at a time.
+
+    watched: somebody waits for every token.   shared: other processes must ask for the same.
+    """
+
+    def __init__(self, watched: bool, shared: bool):
+        self.steps = CHUNK if not watched else CHUNK // 4 if shared else 1
+        self.adapts = watched and not shared
+        self.since: float | None = None
+
+    def done(self, steps: int) -> None:
+        """So many steps have ended since the last call."""
+        now = time.perf_counter()
+        if self.adapts and self.since is not None and steps:
+            each = max((now - self.since) / steps, 1e-6)
+            self.steps = max(1, min(CHUNK, round(STREAM_SECONDS / each)))
+        self.since = now
 
 
 def _bucket(n: int, least: int, steps: int = 1) -> int:
@@ -287,9 +385,10 @@ def _check_cache_dtype(dtype: Any) -> np.dtype:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found is None or found not in (jnp.float16, jnp.bfloat16, jnp.float32):
+    if found is None or found not in DTYPES:
         raise ValueError(
-            f"generate: cache_dtype is {found or repr(dtype)}; choose float16, bfloat16 or float32."
+            f"generate: cache_dtype is {found or repr(dtype)}; choose float16, bfloat16, float32 "
+            "or float8_e4m3fn."
         )
     return found
 

@@ -125,7 +125,7 @@ class Layout:
             return logits
         return lax.all_gather(logits, self.tensor, axis=logits.ndim - 1, tiled=True)
 
-    def forward(self, model: Any, ids, mask, cache: KVCache | None, last_only: bool):
+    def forward(self, model: Any, ids, mask, cache: KVCache | None, last_only: bool, empty: bool):
         """`model._forward` on the parts of every device."""
         self.check_rows(ids.shape[0], "OPT")
         graph, state = nnx.split(model)
@@ -134,7 +134,7 @@ class Layout:
         caches = None if cache is None else self.cache
 
         def local(state, ids, mask, cache):
-            return nnx.merge(graph, state)._forward(ids, mask, cache, last_only)
+            return nnx.merge(graph, state)._forward(ids, mask, cache, last_only, empty)
 
         return jax.shard_map(
             local,

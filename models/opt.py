@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
+from jax_flashllm.models.attention import attend, decode
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout
@@ -132,19 +133,6 @@ def _widen_by_output(x: jax.Array, table: jax.Array) -> jax.Array:
     return lax.fori_loop(0, -(-V // n), chunk, jnp.zeros((*x.shape[:2], V), x.dtype))
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(q k^T) v, the softmax in float32.
-
-    q: [B * h, T, d], scaled.   k, v: [B * h, S, d].   mask: bool [B, T, S] or [1, T, S].
-    Returns [B * h, T, d]. A row of the mask that is False throughout (a pad) gives a finite mean.
-    """
-    scores = jnp.einsum("ntd,nsd->nts", q, k, preferred_element_type=jnp.float32)
-    by_row = scores.reshape(mask.shape[0], -1, *scores.shape[1:])  # [B, h, T, S]
-    by_row = jnp.where(mask[:, None], by_row, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(by_row.reshape(scores.shape), axis=-1).astype(v.dtype)
-    return jnp.einsum("nts,nsd->ntd", weights, v)
-
-
 class Attention(nnx.Module):
     """Causal self-attention; q, k and v come from one [3H, H] product."""
 
@@ -162,30 +150,36 @@ class Attention(nnx.Module):
         implementation: Implementation = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        empty: bool = False,
     ):
         """x: [B, T, H].   mask: bool [B, T, S] or [1, T, S], or None for plain causal where S = T.
 
-        `implementation` counts where there is no cache.
+        empty: nothing is in the cache yet, so the new tokens attend to one another, and S = T.
+        `implementation` counts where they do.
         Returns [B, T, H] and, with a cache, the layer's keys and values after this.
         """
         B, T, _ = x.shape
         qkv = apply(self.qkv_proj, x).reshape(B, T, 3, self.num_heads, -1)
+        if T == 1 and cache is not None and not empty:
+            held = cache.keys[layer], cache.values[layer]
+            y, *kv = decode(qkv[:, 0], *held, mask[:, 0], cache.length)
+            return apply(self.out_proj, y[:, None], None, self.layout), tuple(kv)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, h, d]
         q = q * q.shape[-1] ** -0.5  # after the bias, as OPT was trained
-        if cache is None and implementation is not None:
+        # [B, T, h, d] -> [B * h, T, d]
+        flat = [a.swapaxes(1, 2).reshape(B * self.num_heads, T, -1) for a in (q, k, v)]
+        kv = None if cache is None else cache.write(layer, *flat[1:])
+        if (cache is None or empty) and implementation is not None:
             mask = None if mask is None else mask[:, None]
             y = jax.nn.dot_product_attention(
                 q, k, v, mask=mask, scale=1.0, is_causal=mask is None, implementation=implementation
             )
-            return apply(self.out_proj, y.reshape(B, T, -1), None, self.layout), None
-        # [B, T, h, d] -> [B * h, T, d]
-        q, k, v = (a.swapaxes(1, 2).reshape(B * self.num_heads, T, -1) for a in (q, k, v))
-        kv = None
-        if cache is not None:
-            kv = k, v = cache.write(layer, k, v)
+            return apply(self.out_proj, y.reshape(B, T, -1), None, self.layout), kv
+        if kv is not None and not empty:
+            flat[1:] = (a.astype(q.dtype) for a in kv)
         if mask is None:
             mask = jnp.tril(jnp.ones((1, T, T), bool))
-        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        y = attend(*flat, mask)
         y = y.reshape(B, self.num_heads, T, -1).swapaxes(1, 2).reshape(B, T, -1)
         return apply(self.out_proj, y, None, self.layout), kv
 
@@ -270,26 +264,29 @@ class OPT(nnx.Module):
         attention_mask: jax.Array | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        empty: bool = False,
     ):
         """Logits of the next token after every position.
 
         input_ids: int [B, T].   attention_mask: [B, T], nonzero for tokens, zero for left pads;
         None when there are none.   cache: holds what came before, with T free slots at least.
         last_only: logits after the last position alone, T = 1 in the result.
+        empty: the cache is new, so that attention need not look into it.
         Returns float32 [B, T, V], and the cache with the new tokens in it if one was passed. Rows
         at pads mean nothing. Raises ValueError where shapes disagree.
         """
         self._check(input_ids, attention_mask, cache)
         if self.layout is not None:
-            return self.layout.forward(self, input_ids, attention_mask, cache, last_only)
-        return self._forward(input_ids, attention_mask, cache, last_only)
+            return self.layout.forward(self, input_ids, attention_mask, cache, last_only, empty)
+        return self._forward(input_ids, attention_mask, cache, last_only, empty)
 
-    def _forward(self, input_ids, attention_mask, cache, last_only):
+    def _forward(self, input_ids, attention_mask, cache, last_only, empty):
         """`__call__` on one device, or on one device's part of everything."""
         B, T = input_ids.shape
         if cache is not None:
             new = jnp.ones((B, T), bool) if attention_mask is None else attention_mask != 0
             valid, positions, mask = cache.mark(new)
+            mask = mask[:, :, :T] if empty else mask
         elif attention_mask is None:
             positions, mask = jnp.arange(T)[None], None
         else:
@@ -300,7 +297,7 @@ class OPT(nnx.Module):
         x = self.embed(input_ids, positions)
         written = []
         for i, layer in enumerate(self.layers):
-            x, kv = layer(x, mask, self.attention_implementation, cache, i)
+            x, kv = layer(x, mask, self.attention_implementation, cache, i, empty)
             written.append(kv)
         if last_only:
             x = x[:, -1:]

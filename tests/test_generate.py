@@ -179,7 +179,7 @@ def test_rows_of_one_prompt_differ(model):
 
 
 def test_a_bucket_compiles_once(model):
-    programs, _ = generation._programs_of(model, None)
+    programs, _ = generation.programs_of(model, None)
 
     def compiled():
         return programs.prefill._cache_size(), programs.decode._cache_size()
@@ -188,7 +188,7 @@ def test_a_bucket_compiles_once(model):
     before = compiled()
     for prompt, new, temperature in (([3], 30, 0.7), (PROMPT * 3, 9, 1.1), (PROMPT, 20, 0.6)):
         generate(model, prompt, new, temperature=temperature, seed=new)
-    assert generation._programs_of(model, None)[0] is programs
+    assert generation.programs_of(model, None)[0] is programs
     assert compiled() == before
 
 
@@ -224,13 +224,15 @@ def test_weights_that_moved_on_are_used(model):
 
 
 def test_the_cache_is_donated(model):
-    programs, weights = generation._programs_of(model, None)
+    programs, weights = generation.programs_of(model, None)
     ids = np.array([PROMPT], np.int32)
-    cache, token = programs.prefill(weights, ids, np.ones_like(ids), None, None, 64)
+    ends = np.zeros((0, 1), np.int32)
+    state = programs.prefill(weights, ids, np.ones_like(ids), ends, None, None, 64)
+    cache = state.cache
     addresses = {k.unsafe_buffer_pointer() for k in cache.keys}
-    moved, _ = programs.decode(weights, cache, token, None, None)
+    state, *_ = programs.decode(weights, state, ends, None, None, 3)
     assert cache.keys[0].is_deleted()
-    assert {k.unsafe_buffer_pointer() for k in moved.keys} == addresses
+    assert {k.unsafe_buffer_pointer() for k in state.cache.keys} == addresses
 
 
 @pytest.mark.parametrize(

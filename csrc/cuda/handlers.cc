@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../ffi_checks.h"
+#include "attention.h"
 #include "spmm.h"
 
 namespace flashllm::cuda {
@@ -220,6 +221,59 @@ ffi::Error FillTiledCslHandler(cudaStream_t stream, Words offsets, AnyBuffer den
                "encode");
 }
 
+ffi::ErrorOr<Kind> KindOf(DataType t) {
+  switch (t) {
+    case DataType::F16:
+      return Kind::kF16;
+    case DataType::BF16:
+      return Kind::kBF16;
+    case DataType::F32:
+      return Kind::kF32;
+    case DataType::F8E4M3FN:
+      return Kind::kF8;
+    default:
+      return ffi::Unexpected(
+          Bad("attention takes float16, bfloat16 and float32, and a cache of float8_e4m3fn"));
+  }
+}
+
+// keys and values are updated in place: they are operands and results at once.
+ffi::Error AttentionHandler(cudaStream_t stream, AnyBuffer qkv, AnyBuffer keys, AnyBuffer values,
+                            ffi::Buffer<DataType::PRED> open, ffi::Buffer<DataType::S32> length,
+                            ffi::Result<AnyBuffer> y, ffi::Result<AnyBuffer> new_keys,
+                            ffi::Result<AnyBuffer> new_values) {
+  const auto of_qkv = qkv.dimensions(), of_keys = keys.dimensions();
+  if (of_qkv.size() != 4 || of_qkv[1] != 3 || of_keys.size() != 3 ||
+      of_keys[0] != of_qkv[0] * of_qkv[2] || of_keys[2] != of_qkv[3] ||
+      keys.element_count() != values.element_count() ||
+      keys.element_type() != values.element_type())
+    return Bad(
+        "attention: qkv must be [rows, 3, heads, d], keys and values [rows * heads, slots, d]");
+  const auto token = KindOf(qkv.element_type()), cache = KindOf(keys.element_type());
+  if (token.has_error()) return token.error();
+  if (cache.has_error()) return cache.error();
+  Attention a = {qkv.untyped_data(),
+                 keys.untyped_data(),
+                 values.untyped_data(),
+                 open.typed_data(),
+                 length.typed_data(),
+                 y->untyped_data(),
+                 *token,
+                 *cache,
+                 of_qkv[0],
+                 of_qkv[2],
+                 of_keys[1],
+                 of_qkv[3]};
+  if (static_cast<int64_t>(open.element_count()) != a.rows * a.slots ||
+      length.element_count() != 1 || y->element_type() != qkv.element_type() ||
+      static_cast<int64_t>(y->element_count()) != a.rows * a.heads * a.d)
+    return Bad("attention: the mask, the length or the output does not fit the cache");
+  if (new_keys->untyped_data() != a.keys || new_values->untyped_data() != a.values)
+    return Bad("attention: the cache must be aliased to the result");
+  if (!SupportsAttention(a)) return Bad("attention: this head size is not supported");
+  return Check(DecodeAttention(stream, a), "attention");
+}
+
 auto BindSpmm() {
   return ffi::Ffi::Bind()
       .Ctx<Stream>()
@@ -265,6 +319,18 @@ XLA_FFI_DEFINE_HANDLER(
     ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
 XLA_FFI_DEFINE_HANDLER(kSpmmBitmap, SpmmHandler<Format::kBitmap>, BindSpmm(), {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kSpmmTiledCsl, SpmmHandler<Format::kTiledCsl>, BindSpmm(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kAttention, AttentionHandler,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<ffi::Buffer<DataType::PRED>>()
+                           .Arg<ffi::Buffer<DataType::S32>>()
+                           .Ret<AnyBuffer>()
+                           .Ret<AnyBuffer>()
+                           .Ret<AnyBuffer>(),
+                       {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kDecodeBitmap, DecodeHandler<Format::kBitmap>, BindUnary(), {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kDecodeTiledCsl, DecodeHandler<Format::kTiledCsl>, BindUnary(),
                        {kCapturable});
@@ -303,6 +369,7 @@ std::vector<Target> Targets() {
       {"flashllm_count_tiled_csl_v1", kInitialize, kCountTiledCsl},
       {"flashllm_fill_bitmap_v1", kInitialize, kFillBitmap},
       {"flashllm_fill_tiled_csl_v1", kInitialize, kFillTiledCsl},
+      {"flashllm_decode_attention_v1", kInitialize, kAttention},
   };
 }
 

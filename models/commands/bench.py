@@ -1,5 +1,7 @@
 """Decoding speed of a model as it is, and of the same weights dense, in one process.
 
+`bench decode` needs no model: random weights of any OPT's size.
+
 The dense twins are made in memory; rounds alternate between the models, and the first tokens of
 each round are not counted.
 """
@@ -11,7 +13,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
-from jax_flashllm.models.commands import common
+from jax_flashllm.models.commands import bench_decode, common
 
 if TYPE_CHECKING:
     from jax_flashllm.models.opt import OPT
@@ -34,9 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-tokens", type=common.number(int, 1), default=16, metavar="N", help="default 16"
     )
+    decode = parser.add_subparsers(metavar="decode").add_parser(
+        "decode", help="random weights of any OPT's size", description=bench_decode.__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    bench_decode.add_arguments(decode)
+    decode.add_argument("--debug", action="store_true", help="show tracebacks")
+    decode.set_defaults(bench=bench_decode.run)
 
 
 def run(args: argparse.Namespace) -> None:
+    getattr(args, "bench", _run)(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     path = common.model_path(args.model)
     common.cache_compilations()
     import jax

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_flashllm.models.memory import USABLE
+
 if TYPE_CHECKING:
     from jax_flashllm.models.opt import OPT
 
@@ -116,6 +118,11 @@ def cache_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         # A full disk or a damaged entry costs a compilation, which is no news to the user.
         warnings.filterwarnings("ignore", message="Error .* persistent compilation cache")
+
+
+def use_all_memory() -> None:
+    """Lets JAX take most of a GPU's memory, not three quarters; before JAX is imported."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(USABLE))
 
 
 def process_age() -> float:

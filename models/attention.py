@@ -1,0 +1,62 @@
+"""Attention: of many new tokens as two products, of one over its cache as one kernel on a GPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_flashllm import kernel
+from jax_flashllm.models.cache import put
+
+_TARGET = "flashllm_decode_attention_v1"
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q k^T) v, the softmax in float32.
+
+    q: [B * h, T, d], scaled.   k, v: [B * h, S, d].   mask: bool [B, T, S] or [1, T, S].
+    Returns [B * h, T, d]. A row of the mask that is False throughout (a pad) gives a finite mean.
+    """
+    scores = jnp.einsum("ntd,nsd->nts", q, k, preferred_element_type=jnp.float32)
+    by_row = scores.reshape(mask.shape[0], -1, *scores.shape[1:])  # [B, h, T, S]
+    by_row = jnp.where(mask[:, None], by_row, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(by_row.reshape(scores.shape), axis=-1).astype(v.dtype)
+    return jnp.einsum("nts,nsd->ntd", weights, v)
+
+
+def decode(
+    qkv: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, length: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One new token a row: its k and v go to slot `length`, and it attends to what is there.
+
+    qkv: [B, 3, h, d], q not scaled.   keys, values: [B * h, S, d], a layer's cache.
+    mask: bool [B, S], the new token's slot included.   length: int32 [].
+    Returns [B, h * d] in qkv's dtype, and keys and values, the same buffers where donated.
+    On CUDA one kernel does it all and reads the slots up to `length` alone.
+    """
+    operands = qkv, keys, values, mask, length
+    if not hasattr(kernel._flashllm, "cuda_targets") or not _supports(qkv, keys):
+        return _decode_xla(*operands)
+    return lax.platform_dependent(*operands, cuda=_decode_cuda, default=_decode_xla)
+
+
+def _supports(qkv: jax.Array, keys: jax.Array) -> bool:
+    """csrc/cuda/attention.cu: a head is up to 32 pieces of 16 bytes of the cache."""
+    piece = 16 // keys.dtype.itemsize
+    return keys.shape[2] % piece == 0 and keys.shape[2] <= 32 * piece
+
+
+def _decode_cuda(qkv, keys, values, mask, length):
+    B, _, h, d = qkv.shape
+    y = jax.ShapeDtypeStruct((B, h * d), qkv.dtype)
+    call = jax.ffi.ffi_call(_TARGET, (y, keys, values), input_output_aliases={1: 1, 2: 2})
+    return tuple(call(qkv, keys, values, mask, length))
+
+
+def _decode_xla(qkv, keys, values, mask, length):
+    B, _, h, d = qkv.shape
+    q, k, v = (qkv[:, i].reshape(B * h, 1, d) for i in range(3))
+    keys, values = put(keys, k, length), put(values, v, length)
+    y = attend(q * d**-0.5, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None])
+    return y.reshape(B, h * d), keys, values

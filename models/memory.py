@@ -1,0 +1,116 @@
+"""What generation needs in memory, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jax_flashllm.models.config import OPTConfig
+
+# As nvidia-smi shows them, in bytes.
+GPUS = {
+    "a100-40gb": 40960 << 20,
+    "a100-80gb": 81920 << 20,
+    "h100": 81559 << 20,
+    "h200": 143771 << 20,
+    "l40s": 46068 << 20,
+    "rtx4090": 24564 << 20,
+}
+USABLE = 0.95  # the rest is the driver's, and what CUDA libraries take for themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes of each part."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+    def __str__(self) -> str:
+        parts = f"weights {gb(self.weights)}, cache {gb(self.cache)}, workspace about "
+        return f"{gb(self.total)} ({parts}{gb(self.workspace)})"
+
+
+def gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def bitmap_bytes(rows: int, columns: int, nonzeros: float) -> int:
+    """Of a `formats.Bitmap` in 16 bits: values, in blocks of whole vectors, masks, offsets."""
+    bands, blocks = -(-rows // 16), -(-columns // 256)
+    masks = bands * -(-columns // 64) * 32 * 4
+    return int(2 * nonzeros + masks + bands * blocks * (4 + 7) + 4)
+
+
+def matrices(config: OPTConfig) -> list[tuple[int, int]]:
+    """[out, in] of the matrices of one layer, q, k and v as one."""
+    H, F = config.hidden_size, config.ffn_dim
+    return [(3 * H, H), (H, H), (F, H), (H, F)]
+
+
+def weight_bytes(config: OPTConfig, sparsity: float | None) -> int:
+    """Of a model with 16-bit weights, those of its layers at `sparsity` as bitmaps or dense."""
+    layer = sum(
+        2 * m * k if sparsity is None else bitmap_bytes(m, k, (1 - sparsity) * m * k)
+        for m, k in matrices(config)
+    )
+    return config.num_hidden_layers * layer + other_bytes(config)
+
+
+def other_bytes(config: OPTConfig) -> int:
+    """Everything but the matrices of the layers, in 16 bits."""
+    H, E, V = config.hidden_size, config.embed_dim, config.vocab_size
+    count = V * E * (1 if config.tie_word_embeddings else 2)
+    count += (config.max_position_embeddings + 2) * H
+    count += 2 * E * H if config.has_projections else 0
+    small = sum(m for m, _ in matrices(config)) * config.enable_bias
+    small += 4 * H * config.layer_norm_elementwise_affine
+    return 2 * (count + config.num_hidden_layers * small)
+
+
+def cache_bytes(config: OPTConfig, batch: int, slots: int, dtype: Any) -> int:
+    numbers = 2 * config.num_hidden_layers * batch * slots * config.hidden_size
+    return numbers * np.dtype(dtype).itemsize
+
+
+def workspace_bytes(config: OPTConfig, tokens: int, batch: int) -> int:
+    """Of a prefill of `batch` rows, `tokens` in all: about what XLA holds beside its operands."""
+    H, F, T = config.hidden_size, config.ffn_dim, tokens // batch
+    activations = 2 * tokens * (3 * H + max(F, 4 * H))
+    scores = batch * config.num_attention_heads * T * T * (4 + 2)
+    logits = 3 * 4 * batch * config.vocab_size
+    return activations + scores + logits
+
+
+def estimate(
+    config: OPTConfig, weights: int, batch: int, slots: int, prompt: int, cache_dtype: Any
+) -> Estimate:
+    """For `batch` rows of `prompt` tokens that grow to `slots`; weights: their bytes."""
+    return Estimate(
+        weights,
+        cache_bytes(config, batch, slots, cache_dtype),
+        workspace_bytes(config, batch * prompt, batch),
+    )
+
+
+def free_bytes() -> int | None:
+    """What JAX may still allocate on its first device; None where it does not know (a CPU)."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def check_fits(what: str, needed: Estimate, free: int | None, advice: str) -> None:
+    """Raises ValueError with the numbers where `free` is known and too small."""
+    if free is not None and needed.total > free:
+        raise ValueError(f"{what} needs {needed}, but {gb(free)} are free on this device; {advice}")
