@@ -12,6 +12,7 @@ import pytest
 import jax_flashllm
 from jax_flashllm import _flashllm, plan
 from jax_flashllm.formats import encode_on_host, on_gpu
+from jax_flashllm.models import attention
 from jax_flashllm.spmm import decode
 
 needs_cuda_build = pytest.mark.skipif(
@@ -118,8 +119,21 @@ def test_the_fat_binary_fits_into_a_wheel():
 @needs_cuda_build
 def test_every_target_has_both_stages():
     targets = _flashllm.cuda_targets()
-    assert len(targets) == 10
+    assert len(targets) == 11
     assert all(set(stages) == {"initialize", "execute"} for stages in targets.values())
+
+
+@needs_cuda_build
+def test_decode_attention_is_one_call_where_heads_are_whole_pieces():
+    def text(d, cache):
+        held = jnp.zeros((6, 40, d), cache)
+        mask, length = jnp.ones((2, 40), bool), jnp.int32(3)
+        qkv = jnp.ones((2, 3, 3, d), jnp.float16)
+        return _lowered(attention.decode, qkv, held, held, mask, length)
+
+    assert "@flashllm_decode_attention_v1" in text(128, jnp.float16)
+    assert "@flashllm_decode_attention_v1" in text(80, jnp.float8_e4m3fn)
+    assert "@flashllm_decode_attention_v1" not in text(12, jnp.float16)
 
 
 # ---- plans ----

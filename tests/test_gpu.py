@@ -21,6 +21,7 @@ from reference import (
 import jax_flashllm
 from jax_flashllm import _flashllm
 from jax_flashllm.formats import encode_on_host, on_gpu
+from jax_flashllm.models import attention
 from jax_flashllm.spmm import decode
 
 
@@ -393,3 +394,63 @@ def test_garbage_stays_inside_the_buffers():
             jax.block_until_ready(jax.jit(f)(b))
     ok = jax_flashllm.encode(dense, format="bitmap")
     assert_product(_multiply(ok, x), x, dense)
+
+
+# ---- decode attention ----
+
+
+def _attention(qkv, keys, values, mask, length):
+    """In float64: the new token's k and v rounded as the cache rounds, and the rest as it is."""
+    B, _, h, d = qkv.shape
+    qkv = qkv.astype(np.float64)
+    keys, values = (a.astype(np.float64).reshape(B, h, -1, d) for a in (keys, values))
+    scores = np.einsum("bhd,bhsd->bhs", qkv[:, 0], keys[:, :, : length + 1]) * d**-0.5
+    scores = np.where(mask[:, None, : length + 1], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhs,bhsd->bhd", weights, values[:, :, : length + 1]).reshape(B, h * d)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    ("B", "h", "d", "S", "length"),
+    [(1, 3, 128, 640, 0), (2, 4, 128, 640, 63), (3, 2, 64, 600, 599), (2, 2, 80, 100, 77),
+     (8, 7, 128, 333, 320), (1, 1, 256, 65, 64), (1, 2, 16, 40, 11)],
+)  # fmt: skip
+def test_decode_attention_reads_what_is_written_and_no_more(cache_dtype, B, h, d, S, length):
+    token = np.dtype(np.float32 if cache_dtype == "float32" else np.float16)
+    cache = jnp.dtype(cache_dtype)
+    if cache == np.float32 and d > 128:
+        pytest.skip("left to XLA")
+    random = np.random.default_rng(length)
+    qkv = random.standard_normal((B, 3, h, d)).astype(token)
+    # NaN where nothing was written: a kernel that looks there shows it.
+    held = np.full((2, B * h, S, d), np.nan, np.float32)
+    held[:, :, :length] = random.standard_normal((2, B * h, length, d))
+    keys, values = (jnp.asarray(a).astype(cache) for a in held)
+    mask = np.arange(S) <= length
+    mask = np.broadcast_to(mask, (B, S)).copy()
+    mask[0, : length // 3] = False  # pads
+    operands = jnp.asarray(qkv), keys, values, jnp.asarray(mask), jnp.int32(length)
+    assert attention._supports(*operands[:2])
+    step = jax.jit(attention.decode, donate_argnums=(1, 2))
+    assert "flashllm_decode_attention_v1" in step.lower(*operands).as_text()
+    y, keys, values = step(*operands)
+    expected = held
+    for i, new in enumerate((qkv[:, 1], qkv[:, 2])):
+        expected[i, :, length] = new.reshape(B * h, d)
+        stored = np.asarray((keys, values)[i].astype(jnp.float32))
+        rounded = np.asarray(jnp.asarray(expected[i]).astype(cache).astype(jnp.float32))
+        np.testing.assert_array_equal(stored, rounded)
+        expected[i] = rounded
+    exact = _attention(qkv, *expected, mask, length)
+    # The output is rounded once; float32 sums of up to S terms before.
+    unit = 2.0**-11 if token == np.float16 else 2.0**-20
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2 * unit, atol=5e-6)
+
+
+def test_a_row_that_sees_nothing_is_finite():
+    qkv = jnp.ones((1, 3, 2, 64), jnp.float16)
+    held = jnp.zeros((2, 8, 64), jnp.float16)
+    y, *_ = jax.jit(attention.decode)(qkv, held, held, jnp.zeros((1, 8), bool), jnp.int32(3))
+    assert np.isfinite(np.asarray(y)).all()

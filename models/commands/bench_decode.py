@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from jax_flashllm.models import memory
@@ -157,20 +158,23 @@ def run(args: argparse.Namespace) -> None:
         model = synthesize(config, sparsity, args.dtype)
         jax.block_until_ready(_arrays(model))
         build = time.perf_counter() - begin
+        fitting = []
         for batch, need in zip(args.batch, needs, strict=True):
+            rest, now = dataclasses.replace(need, weights=0), memory.free_bytes()
+            if now is not None and rest.total > now:
+                print(f"batch {batch}: needs {need}, {memory.gb(free or 0)} were free")
+            else:
+                fitting.append(batch)
+        for runner in _compile(args, config, model, fitting):
             if args.seconds is not None and time.perf_counter() - started > args.seconds:
                 print("out of --seconds")
                 break
-            now = memory.free_bytes()
-            rest = dataclasses.replace(need, weights=0)
-            if now is not None and rest.total > now:
-                print(f"batch {batch}: needs {need}, {memory.gb(free or 0)} were free")
-                continue
-            result = _measure(args, config, model, sparsity, batch, bandwidth, build)
+            result = runner.measure(sparsity, bandwidth, build)
             results.append(result)
             print(describe(result), flush=True)
             if args.csv:
                 _append(args.csv, result)
+        runner = None
         del model
         gc.collect()
     if results:
@@ -198,117 +202,148 @@ def _arrays(model: OPT) -> list[jax.Array]:
     return jax.tree.leaves(nnx.state(model))
 
 
-def _measure(
-    args: argparse.Namespace,
-    config: OPTConfig,
-    model: OPT,
-    sparsity: float | None,
-    batch: int,
-    bandwidth: float,
-    build: float,
-) -> Result:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+def _compile(args: argparse.Namespace, config: OPTConfig, model: OPT, batches: list[int]):
+    """A runner of each batch, their programs compiled side by side."""
+    with ThreadPoolExecutor(max(2 * len(batches), 1)) as pool:
+        runners = [_Runner(args, config, model, batch, pool) for batch in batches]
+        for runner in runners:
+            runner.wait()
+    return runners
 
-    from jax_flashllm.models import generate
 
-    cache_dtype = _dtype(args.cache_dtype or args.dtype)
-    device = jax.devices()[0]
-    programs, weights = generate.programs_of(model, cache_dtype)
-    ends = np.zeros((0, 1), np.int32)
-    random = np.random.default_rng(0)
-    ids = random.integers(0, config.vocab_size, (batch, args.prompt)).astype(np.int32)
-    mask = np.ones_like(ids)
-    slots = args.context
+class _Runner:
+    """The two programs of one batch, and what runs them."""
 
-    begin = time.perf_counter()
-    operands = (weights, ids, mask, ends, None, None)
-    prefill = programs.prefill.lower(*operands, slots).compile()
-    compile_prefill = time.perf_counter() - begin
-    begin = time.perf_counter()
-    decode = programs.lower_decode(weights, batch, slots, ends, None).compile()
-    compile_decode = time.perf_counter() - begin
+    def __init__(
+        self, args: argparse.Namespace, config: OPTConfig, model: OPT, batch: int, pool: Any
+    ):
+        import numpy as np
 
-    seconds, state = [], None
-    for _ in range(ROUNDS + 1):  # the first one warms up
-        state = None  # one cache at a time
-        begin = time.perf_counter()
-        state = jax.block_until_ready(prefill(*operands))
-        seconds.append(time.perf_counter() - begin)
-    prefill_s = statistics.median(seconds[1:])
+        from jax_flashllm.models import generate
 
-    # Zeros can be read faster than numbers: the slots that later tokens fill get random ones now.
-    assert state is not None
-    keys = iter(jax.random.split(jax.random.key(1, impl="rbg"), 2 * config.num_hidden_layers))
-    cache = state.cache
-    cache = dataclasses.replace(
-        cache,
-        keys=tuple(_fill(k, next(keys), args.prompt) for k in cache.keys),
-        values=tuple(_fill(v, next(keys), args.prompt) for v in cache.values),
-    )
-    held = {"state": dataclasses.replace(state, cache=cache)}
-    del state, cache
+        self.args, self.config, self.batch, self.slots = args, config, batch, args.context
+        self.cache_dtype = _dtype(args.cache_dtype or args.dtype)
+        programs, self.weights = generate.programs_of(model, self.cache_dtype)
+        self.ends = np.zeros((0, 1), np.int32)
+        random = np.random.default_rng(0)
+        ids = random.integers(0, config.vocab_size, (batch, args.prompt)).astype(np.int32)
+        self.operands = (self.weights, ids, np.ones_like(ids), self.ends, None, None)
 
-    def window(length: int, steps: int) -> float:
-        """Seconds of each of `steps` steps in one dispatch, the first one with `length` slots."""
-        old = held.pop("state")
+        def compiled(lower: Callable[[], Any]) -> tuple[Any, float]:
+            begin = time.perf_counter()
+            program = lower().compile()
+            return program, time.perf_counter() - begin
+
+        self.programs = [
+            pool.submit(compiled, lambda: programs.prefill.lower(*self.operands, self.slots)),
+            pool.submit(
+                compiled,
+                lambda: programs.lower_decode(self.weights, batch, self.slots, self.ends, None),
+            ),
+        ]
+
+    def wait(self) -> None:
+        (self.prefill, self.prefill_s), (self.decode, self.decode_s) = (
+            program.result() for program in self.programs
+        )
+
+    def prompt(self) -> tuple[Any, float]:
+        """The state after a prompt, and the median seconds of it."""
+        import jax
+
+        seconds, state = [], None
+        for _ in range(ROUNDS + 1):  # the first one warms up
+            state = None  # one cache at a time
+            begin = time.perf_counter()
+            state = jax.block_until_ready(self.prefill(*self.operands))
+            seconds.append(time.perf_counter() - begin)
+        return state, statistics.median(seconds[1:])
+
+    def window(self, state: Any, length: int, steps: int) -> tuple[Any, float]:
+        """`steps` steps in one dispatch, the first one with `length` slots: seconds of each."""
+        import jax
+        import jax.numpy as jnp
+
         cache = dataclasses.replace(
-            old.cache,
+            state.cache,
             length=jnp.int32(length),
-            valid=jnp.broadcast_to(jnp.arange(slots) < length, (batch, slots)),
+            valid=jnp.broadcast_to(jnp.arange(self.slots) < length, (self.batch, self.slots)),
         )
-        state = jax.block_until_ready(
-            dataclasses.replace(old, cache=cache, open=jnp.ones(batch, bool))
-        )
-        del old, cache
+        state = dataclasses.replace(state, cache=cache, open=jnp.ones(self.batch, bool))
+        jax.block_until_ready(state)
         begin = time.perf_counter()
-        held["state"], tokens, count = decode(weights, state, ends, None, None, steps)
+        state, tokens, count = self.decode(self.weights, state, self.ends, None, None, steps)
         tokens.block_until_ready()
         each = (time.perf_counter() - begin) / steps
-        assert int(count) == steps
-        return each
+        if int(count) != steps:
+            raise RuntimeError(f"bench decode: {int(count)} steps were done of {steps}")
+        return state, each
 
-    new = args.context - args.prompt
-    steps = min(generate.CHUNK, new)
-    places = sorted({args.prompt, args.prompt + (new - steps) // 2, args.context - steps})
-    window(args.prompt, min(steps, 4))
-    times = [[window(length, steps) for length in places] for _ in range(ROUNDS)]
-    rounds = [statistics.mean(row) for row in times]
-    step = statistics.median(rounds)
-    in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-    kinds, launches = profile(
-        lambda: window(places[len(places) // 2], min(8, steps)), min(8, steps)
-    )
+    def measure(self, sparsity: float | None, bandwidth: float, build: float) -> Result:
+        import jax
 
-    analysis = decode.memory_analysis()
-    weight_bytes = sum(w.nbytes for w in weights)
-    mean_length = args.prompt + new / 2
-    cache_read = memory.cache_bytes(config, batch, 1, cache_dtype) * mean_length
-    dense_limit = memory.weight_bytes(config, None) / bandwidth
-    shape = held["state"].cache.keys[0].shape
-    return Result(
-        device=device.device_kind, jax=jax.__version__, config=args.config,
-        layers=config.num_hidden_layers, sparsity="dense" if sparsity is None else sparsity,
-        batch=batch, prompt=args.prompt, context=args.context, dtype=args.dtype,
-        cache_dtype=cache_dtype.name, read_gb_s=round(bandwidth / 1e9, 1),
-        step_ms=round(1e3 * step, 4),
-        step_ms_first=round(1e3 * statistics.median(row[0] for row in times), 4),
-        step_ms_last=round(1e3 * statistics.median(row[-1] for row in times), 4),
-        spread_ms=round(1e3 * (max(rounds) - min(rounds)), 4),
-        dense_limit_ms=round(1e3 * dense_limit, 4),
-        weight_bytes=weight_bytes, cache_bytes_read=round(cache_read),
-        fraction_of_read=round((weight_bytes + cache_read) / bandwidth / step, 4),
-        tokens_s=round(batch / step, 2), in_use_bytes=in_use,
-        workspace_bytes=0 if analysis is None else int(analysis.temp_size_in_bytes),
-        cache_copies=cache_copies(decode.as_text() or "", shape),
-        graph_launches=round(launches, 2),
-        prefill_ms=round(1e3 * prefill_s, 3),
-        prefill_tokens_s=round(batch * args.prompt / prefill_s, 1),
-        build_s=round(build, 2), compile_prefill_s=round(compile_prefill, 2),
-        compile_decode_s=round(compile_decode, 2),
-        kinds="; ".join(f"{kind} {us:.1f}" for kind, us in kinds.items()),
-    )  # fmt: skip
+        from jax_flashllm.models import generate
+
+        args, config, batch = self.args, self.config, self.batch
+        device = jax.devices()[0]
+        state, prefill_s = self.prompt()
+        # Zeros can be read faster than numbers: slots that later tokens fill get random ones now.
+        keys = iter(jax.random.split(jax.random.key(1, impl="rbg"), 2 * config.num_hidden_layers))
+        filled = dataclasses.replace(
+            state.cache,
+            keys=tuple(_fill(k, next(keys), args.prompt) for k in state.cache.keys),
+            values=tuple(_fill(v, next(keys), args.prompt) for v in state.cache.values),
+        )
+        state = dataclasses.replace(state, cache=filled)
+        del filled
+
+        new = args.context - args.prompt
+        steps = min(generate.CHUNK, new)
+        places = sorted({args.prompt, args.prompt + (new - steps) // 2, args.context - steps})
+        state, _ = self.window(state, args.prompt, min(steps, 4))
+        times = []
+        for _ in range(ROUNDS):
+            row = []
+            for length in places:
+                state, each = self.window(state, length, steps)
+                row.append(each)
+            times.append(row)
+        rounds = [statistics.mean(row) for row in times]
+        step = statistics.median(rounds)
+        in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
+        few = min(8, steps)
+        middle = places[len(places) // 2]
+        kinds, launches = profile(lambda: self.window(state, middle, few), few)
+
+        analysis = self.decode.memory_analysis()
+        weight_bytes = sum(w.nbytes for w in self.weights)
+        cache_read = memory.cache_bytes(config, batch, 1, self.cache_dtype) * (
+            args.prompt + new / 2
+        )
+        dense_limit = memory.weight_bytes(config, None) / bandwidth
+        shape = (batch * config.num_attention_heads, self.slots, config.head_dim)
+        return Result(
+            device=device.device_kind, jax=jax.__version__, config=args.config,
+            layers=config.num_hidden_layers, sparsity="dense" if sparsity is None else sparsity,
+            batch=batch, prompt=args.prompt, context=args.context, dtype=args.dtype,
+            cache_dtype=self.cache_dtype.name, read_gb_s=round(bandwidth / 1e9, 1),
+            step_ms=round(1e3 * step, 4),
+            step_ms_first=round(1e3 * statistics.median(row[0] for row in times), 4),
+            step_ms_last=round(1e3 * statistics.median(row[-1] for row in times), 4),
+            spread_ms=round(1e3 * (max(rounds) - min(rounds)), 4),
+            dense_limit_ms=round(1e3 * dense_limit, 4),
+            weight_bytes=weight_bytes, cache_bytes_read=round(cache_read),
+            fraction_of_read=round((weight_bytes + cache_read) / bandwidth / step, 4),
+            tokens_s=round(batch / step, 2), in_use_bytes=in_use,
+            workspace_bytes=0 if analysis is None else int(analysis.temp_size_in_bytes),
+            cache_copies=cache_copies(self.decode.as_text() or "", shape),
+            graph_launches=round(launches, 2),
+            prefill_ms=round(1e3 * prefill_s, 3),
+            prefill_tokens_s=round(batch * args.prompt / prefill_s, 1),
+            build_s=round(build, 2), compile_prefill_s=round(self.prefill_s, 2),
+            compile_decode_s=round(self.decode_s, 2),
+            kinds="; ".join(f"{kind} {us:.1f}" for kind, us in kinds.items()),
+        )  # fmt: skip
 
 
 def _fill(held: jax.Array, key: jax.Array, start: int) -> jax.Array:
