@@ -24,6 +24,8 @@ from flax import nnx
 from jax import lax
 
 from jax_flashllm.formats.weight import check_process
+from jax_flashllm.models import memory
+from jax_flashllm.models.cache import DTYPES, KVCache
 from jax_flashllm.models.cache import DTYPES, KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout
@@ -87,6 +89,14 @@ def generate(
         model.layout.check_rows(B, "generate")
     slots = _bucket(bucket + max_new_tokens - 1, least=64, steps=8)
     programs, weights = programs_of(model, cache_dtype)
+    if model.layout is None:
+        item = programs.cache_dtype.itemsize
+        memory.check_fits(
+            f"generate: {B} rows of {slots} tokens",
+            memory.estimate(config, 0, B, slots, bucket, item),
+            memory.free_bytes(),
+            "pass fewer rows, ask for fewer tokens, or take cache_dtype=jnp.float8_e4m3fn",
+        )
     end_table = _table(ends)
     draws = None if sampling is None else row_uniforms(seed, B, max_new_tokens).T
     first = None if draws is None else draws[0]

@@ -29,7 +29,6 @@ _BITS = {
     np.dtype(jnp.bfloat16): (0x807F, (127 - 6) << 7),
 }
 _PROBABILITY_BITS = 16
-_BLOCK = BAND_ROWS * TILE_COLS * BLOCK_TILES
 
 
 def synthesize(config: OPTConfig, sparsity: float | None, dtype: Any, seed: int = 0) -> OPT:
@@ -37,7 +36,7 @@ def synthesize(config: OPTConfig, sparsity: float | None, dtype: Any, seed: int 
 
     dtype: float16 or bfloat16, of weights and activations.
     """
-    maker = _Maker(sparsity, dtype, seed)
+    maker = _Maker(sparsity, dtype, seed, config.layer_norm_elementwise_affine)
     model = OPT(config, make=maker, dtype=dtype)
     maker.check()
     return model
@@ -46,8 +45,8 @@ def synthesize(config: OPTConfig, sparsity: float | None, dtype: Any, seed: int 
 class _Maker:
     """A maker (`opt.Maker`) of random parts."""
 
-    def __init__(self, sparsity: float | None, dtype: Any, seed: int):
-        self.sparsity, self.dtype = sparsity, np.dtype(dtype)
+    def __init__(self, sparsity: float | None, dtype: Any, seed: int, affine: bool = True):
+        self.sparsity, self.dtype, self.affine = sparsity, np.dtype(dtype), affine
         # XLA's own generator: threefry takes longer to compile and to run.
         self.key = jax.random.key(seed, impl="rbg")
         self.room: list[tuple[jax.Array, int]] = []
@@ -74,7 +73,8 @@ class _Maker:
         one, zero = jnp.ones(features, self.dtype), jnp.zeros(features, self.dtype)
         return nnx.LayerNorm(
             features, epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, rngs=_NO_KEYS,
-            scale_init=lambda *_: one, bias_init=lambda *_: zero, use_fast_variance=False,
+            use_bias=self.affine, use_scale=self.affine, use_fast_variance=False,
+            scale_init=lambda *_: one, bias_init=lambda *_: zero,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -93,11 +93,12 @@ class _Maker:
     def _bitmap(self, M: int, K: int) -> Bitmap:
         density = 1 - (self.sparsity or 0.0)
         masks, offsets = _index(self._next(), M, K, round(density * 2**_PROBABILITY_BITS))
-        # A block's values fill whole vectors; eight standard deviations of room for the sum.
+        # A block's values fill whole vectors, the last one by half in the mean; eight standard
+        # deviations of room for the sum.
         blocks = offsets.shape[1] - 1
-        spread = 8 * math.sqrt(blocks * (_BLOCK * density * (1 - density) + VECTOR))
-        room = blocks * min(_BLOCK * density + VECTOR / 2, _BLOCK) + spread
-        capacity = VECTOR * math.ceil(room / VECTOR)
+        gap = VECTOR / 2 if M % BAND_ROWS == K % TILE_COLS == 0 else VECTOR
+        spread = 8 * math.sqrt(M * K * density * (1 - density) + blocks * VECTOR)
+        capacity = VECTOR * math.ceil((M * K * density + blocks * gap + spread) / VECTOR)
         self.room.append((offsets[0, -1], capacity // VECTOR))
         return Bitmap(
             offsets, _values(self._next(), (1, capacity), self.dtype.name), (M, K), masks,

@@ -21,15 +21,12 @@ from tqdm import tqdm
 
 from jax_flashllm.formats import SparseWeight, encode, encode_on_host
 from jax_flashllm.formats.layout import place
-from jax_flashllm.models import checkpoint
+from jax_flashllm.models import checkpoint, memory
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout
 from jax_flashllm.models.opt import LAYER_NORM_EPSILON, OPT, Implementation
 from jax_flashllm.nn import SparseDense
 
-# A matrix with this share of zeros is kept sparse: at 16 (1 - s) + 1 bits a weight it is a quarter
-# smaller than dense fp16, and faster.
-SPARSE_FROM = 0.3
 # 16-bit tables up to this size are widened for float32 activations, which saves the demo model 0.2
 # ms a token. Larger ones are widened in use (opt.WIDEN_AT_ONCE).
 WIDEN_TABLE_BYTES = 4 << 20
@@ -62,6 +59,8 @@ def load(
         if compute is None:
             on_cpu = jax.default_backend() == "cpu"
             compute = jnp.dtype(jnp.float32) if on_cpu else names.dtype("embed_tokens.weight")
+        if mesh is None:
+            _check_fits(names, config, cast or compute)
         layout = None if mesh is None else Layout.create(mesh, config, tensor, data)
         loader = Loader(names, config, compute, cast if cast != np.float32 else None, layout)
         # Shown on a terminal, once a second has passed.
@@ -81,6 +80,24 @@ def load(
                 attention_implementation=attention_implementation,
                 layout=layout,
             )
+
+
+def _check_fits(names: _Names, config: OPTConfig, compute: np.dtype) -> None:
+    """Raises ValueError where the weights cannot fit. What is stored dense counts as empty."""
+    need = 0
+    for name, stored in names.stored.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # the embedding once more
+        dtype = names.dtype(name)
+        dtype = min(dtype, compute, key=lambda d: np.dtype(d).itemsize)
+        nonzeros = names.ckpt.nnz(stored) or 0
+        need += memory.held_bytes(stored, names.shape(name), dtype, names.is_sparse(name), nonzeros)
+    memory.check_fits(
+        f"opt.load: {names.ckpt.path}",
+        memory.Estimate(need, 0, 0),
+        memory.free_bytes(),
+        "prune it further, or load it over several devices with mesh=",
+    )
 
 
 def verify(ckpt: checkpoint.Checkpoint) -> tuple[_Names, OPTConfig]:
@@ -290,7 +307,7 @@ class Loader:
         # XLA's CPU backend widens all of a bfloat16 operand first, whatever part is used: ten times
         # slower than float16. The sparse kernel reads it as it is, so full matrices go there too.
         wide_bf16 = kernel.dtype == ml_dtypes.bfloat16 and self.compute == np.float32
-        if stored_sparse or wide_bf16 or _share_of_zeros(kernel) >= SPARSE_FROM:
+        if stored_sparse or wide_bf16 or _share_of_zeros(kernel) >= memory.SPARSE_FROM:
             half = _to_half(kernel)
             if half is not None:
                 # weight * mask, the usual way to prune, leaves -0.0 behind, which `encode` keeps.

@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
 def _estimate(args, config: OPTConfig, weights: int, batch: int) -> memory.Estimate:
     cache_dtype = args.cache_dtype or args.dtype
     slots = args.context
-    return memory.estimate(config, weights, batch, slots, args.prompt, _dtype(cache_dtype))
+    return memory.estimate(config, weights, batch, slots, args.prompt, _dtype(cache_dtype).itemsize)
 
 
 def _dtype(name: str) -> Any:
@@ -317,7 +317,7 @@ class _Runner:
 
         analysis = self.decode.memory_analysis()
         weight_bytes = sum(w.nbytes for w in self.weights)
-        cache_read = memory.cache_bytes(config, batch, 1, self.cache_dtype) * (
+        cache_read = memory.cache_bytes(config, batch, 1, self.cache_dtype.itemsize) * (
             args.prompt + new / 2
         )
         dense_limit = memory.weight_bytes(config, None) / bandwidth

@@ -1,4 +1,10 @@
-"""What a model directory holds: sparsity, layout, bits a weight and bytes of every matrix."""
+"""What a model directory holds: sparsity, layout, bits a weight and bytes of every matrix.
+
+    jax-flashllm info --model DIR --batch 8 --context 576 --gpu h200
+    jax-flashllm info --config opt-175b --sparsity 0.8 --batch 8 --context 576 --gpu h200
+
+With --batch, --context or --gpu: what generation takes in memory too, and whether it fits.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +12,9 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from jax_flashllm.models import memory
 from jax_flashllm.models.commands import common
-from jax_flashllm.models.config import is_linear
+from jax_flashllm.models.config import PRESETS, OPTConfig, is_linear
 
 if TYPE_CHECKING:
     from jax_flashllm.models.checkpoint import Checkpoint
@@ -15,33 +22,109 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser, dtype=False, positional=True)
+    parser.add_argument("--config", choices=PRESETS, help="an OPT by its size, without a directory")
+    parser.add_argument(
+        "--sparsity", type=common.number(float, 0, 1), metavar="S", help="of --config; else dense"
+    )
+    parser.add_argument(
+        "--batch", type=common.number(int, 1, 1 << 20), metavar="N", help="rows (default 1)"
+    )
+    parser.add_argument(
+        "--context", type=common.number(int, 1, 1 << 24), metavar="N",
+        help="tokens of a row, the prompt's and new ones (default: the model's most)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt", type=common.number(int, 1, 1 << 24), metavar="N", help="of them (default: all)"
+    )
+    parser.add_argument(
+        "--cache-dtype", choices=("float16", "float32", "float8_e4m3fn"), default="float16"
+    )
+    parser.add_argument(
+        "--gpu", type=gpu_bytes, metavar="NAME",
+        help=f"{', '.join(memory.GPUS)}, or its memory in GB, such as 80",
+    )  # fmt: skip
+
+
+def gpu_bytes(text: str) -> tuple[str, float]:
+    """A GPU's name and what of its memory programs can use."""
+    if text.lower() in memory.GPUS:
+        return text.lower(), memory.USABLE * memory.GPUS[text.lower()]
+    try:
+        size = float(text.lower().removesuffix("gb")) * 1e9
+    except ValueError:
+        size = 0.0
+    if not 1e9 <= size < 1e15:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no GPU known here; pass one of {', '.join(memory.GPUS)}, or its memory "
+            "in GB, such as 80"
+        )
+    return f"GPU of {text}", memory.USABLE * size
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.config is not None:
+        config = OPTConfig.preset(args.config)
+        layers = "dense" if args.sparsity is None else f"{100 * args.sparsity:g}% sparse"
+        print(f"{args.config}, {layers}: {_shape(config)}")
+        print(needs(args, config, memory.weight_bytes(config, args.sparsity)))
+        return
+    if args.sparsity is not None:
+        raise ValueError("--sparsity is that of --config; a model's own is counted")
     path = common.model_path(args.model)
     from jax_flashllm.models.checkpoint import open_checkpoint
-    from jax_flashllm.models.config import OPTConfig
 
     with open_checkpoint(path) as checkpoint:
         config = OPTConfig.from_dict(checkpoint.config)
-        print(
-            f"{path}: OPT, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
-            f"{config.num_attention_heads} heads, FFN {config.ffn_dim}, "
-            f"vocabulary {config.vocab_size}, context {config.max_position_embeddings}\n"
+        print(f"{path}: OPT, {_shape(config)}\n")
+        text, held = describe(checkpoint)
+        print(text)
+        if args.batch or args.context or args.gpu:
+            print(needs(args, config, held))
+
+
+def _shape(config: OPTConfig) -> str:
+    return (
+        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, FFN {config.ffn_dim}, "
+        f"vocabulary {config.vocab_size}, context {config.max_position_embeddings}"
+    )
+
+
+def needs(args: argparse.Namespace, config: OPTConfig, weights: int) -> str:
+    """A line about memory in generation, and one about whether it fits."""
+    context, batch = args.context or config.max_position_embeddings, args.batch or 1
+    if context > config.max_position_embeddings:
+        raise ValueError(
+            f"--context is {context}, but the model has {config.max_position_embeddings} "
+            "positions; pass that at most"
         )
-        print(describe(checkpoint))
+    prompt = min(args.prompt or context, context)
+    itemsize = {"float16": 2, "float32": 4, "float8_e4m3fn": 1}[args.cache_dtype]
+    sum_ = memory.estimate(config, weights, batch, context, prompt, itemsize)
+    line = f"batch {batch}, context {context}, prompt {prompt}: {sum_}"
+    if args.gpu is None:
+        return line
+    name, usable = args.gpu
+    rest = usable - sum_.total
+    verdict = f"fits, {memory.gb(rest)} stay free" if rest >= 0 else f"{memory.gb(-rest)} too much"
+    return f"{line}\n{name}: {memory.gb(usable)} can be used: {verdict}"
 
 
-def describe(checkpoint: Checkpoint) -> str:
-    """A table of the matrices and its totals. Reads every dense matrix to count its zeros."""
+def describe(checkpoint: Checkpoint) -> tuple[str, int]:
+    """A table of the matrices and its totals, and the bytes that they take once loaded.
+
+    Reads every dense matrix to count its zeros.
+    """
     from tqdm import tqdm
 
     rows, small, linear, whole = [], _Sum(), _Sum(), _Sum()
+    held = 0
     for name in tqdm(checkpoint.names(), desc="info", disable=None, leave=False, delay=1):
         shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
         entry = _Sum(math.prod(shape), nonzeros(checkpoint, name), checkpoint.stored_bytes(name))
         entry.dense = entry.weights * dtype.itemsize
         whole.add(entry)
+        held += memory.held_bytes(name, shape, dtype, checkpoint.is_sparse(name), entry.nonzero)
         if len(shape) != 2:
             small.add(entry)
             continue
@@ -55,10 +138,11 @@ def describe(checkpoint: Checkpoint) -> str:
     rows.append(("all", "", "", "", *whole.cells()))
     head = ("tensor", "shape", "dtype", "layout", "sparsity", "bits/weight", "bytes")
     text = common.table(head, rows, left=4)
-    return (
-        f"{text}\n\n{whole.weights:,} weights in {common.size(checkpoint.nbytes)}; dense in the "
-        f"same dtypes they take {common.size(whole.dense)}"
+    totals = (
+        f"{whole.weights:,} weights in {common.size(checkpoint.nbytes)}; dense in the same dtypes "
+        f"they take {common.size(whole.dense)}"
     )
+    return f"{text}\n\n{totals}", held
 
 
 def nonzeros(checkpoint: Checkpoint, name: str) -> int:
