@@ -51,7 +51,8 @@ def _decode_cuda(qkv, keys, values, mask, length):
     B, _, h, d = qkv.shape
     y = jax.ShapeDtypeStruct((B, h * d), qkv.dtype)
     call = jax.ffi.ffi_call(_TARGET, (y, keys, values), input_output_aliases={1: 1, 2: 2})
-    return tuple(call(qkv, keys, values, mask, length))
+    y, keys, values = call(qkv, keys, values, mask, length)
+    return y, keys, values
 
 
 def _decode_xla(qkv, keys, values, mask, length):

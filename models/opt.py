@@ -160,15 +160,15 @@ class Attention(nnx.Module):
         """
         B, T, _ = x.shape
         qkv = apply(self.qkv_proj, x).reshape(B, T, 3, self.num_heads, -1)
-        if T == 1 and cache is not None and not empty:
+        if T == 1 and cache is not None and mask is not None and not empty:
             held = cache.keys[layer], cache.values[layer]
             y, *kv = decode(qkv[:, 0], *held, mask[:, 0], cache.length)
             return apply(self.out_proj, y[:, None], None, self.layout), tuple(kv)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, h, d]
         q = q * q.shape[-1] ** -0.5  # after the bias, as OPT was trained
         # [B, T, h, d] -> [B * h, T, d]
-        flat = [a.swapaxes(1, 2).reshape(B * self.num_heads, T, -1) for a in (q, k, v)]
-        kv = None if cache is None else cache.write(layer, *flat[1:])
+        Q, K, V = (a.swapaxes(1, 2).reshape(B * self.num_heads, T, -1) for a in (q, k, v))
+        kv = None if cache is None else cache.write(layer, K, V)
         if (cache is None or empty) and implementation is not None:
             mask = None if mask is None else mask[:, None]
             y = jax.nn.dot_product_attention(
@@ -176,10 +176,10 @@ class Attention(nnx.Module):
             )
             return apply(self.out_proj, y.reshape(B, T, -1), None, self.layout), kv
         if kv is not None and not empty:
-            flat[1:] = (a.astype(q.dtype) for a in kv)
+            K, V = (a.astype(q.dtype) for a in kv)
         if mask is None:
             mask = jnp.tril(jnp.ones((1, T, T), bool))
-        y = attend(*flat, mask)
+        y = attend(Q, K, V, mask)
         y = y.reshape(B, self.num_heads, T, -1).swapaxes(1, 2).reshape(B, T, -1)
         return apply(self.out_proj, y, None, self.layout), kv
 
