@@ -311,7 +311,8 @@ class Loader:
             half = _to_half(kernel)
             if half is not None:
                 # weight * mask, the usual way to prune, leaves -0.0 behind, which `encode` keeps.
-                half[_magnitude_bits(half) == 0] = 0
+                bits = half.view(np.uint16)
+                bits *= bits != 0x8000
                 w = self._encoded(half, rows, columns)
                 variable = None if b is None else nnx.Param(b, **self._metadata(rows))
                 return SparseDense.from_encoded(w, bias=variable, dtype=self.compute)
