@@ -553,7 +553,40 @@ def try_to_read(path) -> CheckpointError | None:
         return e
 
 
-# --- every format: cut, and changed at random ---
+# --- every format: too large, cut, and changed at random ---
+
+
+def four_tebibytes(tmp_path) -> dict[str, bytes]:
+    shape = [2 * HUGE, HUGE]  # float16
+
+    def declare(header):
+        entry = header["w"]
+        entry["shape"], entry["data_offsets"] = shape, [0, 4 << 40]
+
+    packed = packed_parts("w.weight", np.eye(8, dtype=np.float16))
+    packed["w.shape"][:] = shape
+    w = tensor(numel=2 * HUGE * HUGE, shape=tuple(shape), stride=(HUGE, 1))
+    return {
+        "model.safetensors": safetensors_bytes({"w": np.zeros(6, np.float16)}, declare),
+        "packed/model.safetensors": safetensors_bytes(packed),
+        "flax_model.msgpack": msgpack.packb({"w": flax_array(shape)}),
+        "pytorch_model.bin": torch_bytes(
+            tmp_path / "x", {}, op_dict({"w": w}), {"data/0": bytes(12)}
+        ),
+    }
+
+
+def test_four_tebibytes_are_refused_at_once(tmp_path):
+    """Within a second and 64 MB, says `refused`."""
+    for name, data in four_tebibytes(tmp_path).items():
+        directory, name = (tmp_path / name).parent, pathlib.Path(name).name
+        (model_dir(directory) / name).write_bytes(data)
+        refused(directory, "bytes|does not fit|larger than", name)
+        (directory / name).unlink()
+    index = json.dumps({"weight_map": {"w": "a.safetensors"}})
+    model_dir(tmp_path / "m", a__safetensors=four_tebibytes(tmp_path)["model.safetensors"])
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(index)
+    refused(tmp_path / "m", "needs bytes", "a.safetensors")
 
 
 def samples(tmp_path) -> dict[str, bytes]:
