@@ -3,6 +3,8 @@
 tests/test_properties.py runs some of each in CI, tests/stress/properties.py any number.
 """
 
+import contextlib
+import dataclasses
 import warnings
 
 import jax
@@ -17,6 +19,7 @@ from reference import (
     HALVES,
     assert_product,
     bits,
+    damage,
     sparse_matrix,
 )
 
@@ -84,6 +87,49 @@ def check_encoding(case):
     assert w.sparsity == pytest.approx(1 - w.nnz / dense.size)
     assert w.nbytes == sum(np.asarray(b).nbytes for b in jax.tree.leaves(w))
     assert w.bits_per_weight == pytest.approx(8 * w.nbytes / dense.size)
+
+
+# ---- damaged weights: what `validate` lets pass is a weight ----
+
+decode = jax.jit(jf.decode)
+
+
+@st.composite
+def damages(draw):
+    return {
+        "shape": draw(st.sampled_from([(40, 136), (64, 256), (17, 65), (130, 300)])),
+        "format": draw(st.sampled_from(FORMATS)),
+        "density": draw(st.sampled_from([0.02, 0.3, 0.9])),
+        "shards": draw(st.integers(1, 2)),
+        "whole words": draw(st.booleans()),
+        "seed": draw(seeds),
+    }
+
+
+def check_damage(case):
+    """`validate` and `to_dense` raise ValueError at most; a kernel refuses, or agrees with both."""
+    rng = np.random.default_rng(case["seed"])
+    dense = sparse_matrix(case["shape"], np.float16, case["density"], case["seed"] % 3)
+    w = jf.encode(dense, case["format"], case["shards"])
+    index = "masks" if case["format"] == "bitmap" else "index"
+    buffers = {name: np.array(getattr(w, name)) for name in (index, "offsets")}
+    words = buffers[rng.choice([*buffers])]
+    if case["whole words"]:
+        damage(rng, words)
+    else:
+        words.reshape(-1)[rng.integers(words.size)] ^= np.uint32(1 << rng.integers(32))
+    w = dataclasses.replace(w, **buffers)
+    repr(w)
+    expected = decoded = None
+    with contextlib.suppress(ValueError):
+        expected = w.to_dense()
+    with contextlib.suppress(ValueError, jax.errors.JaxRuntimeError):
+        decoded = np.asarray(decode(w))
+    try:
+        w.validate()
+    except ValueError:
+        return
+    np.testing.assert_array_equal(bits(decoded), bits(expected))
 
 
 # ---- products: the derived bound ----
@@ -279,6 +325,7 @@ def check_composition(program, of, k, n, format, shards, seed):
 
 PROPERTIES = {
     "encode and decode, bit for bit": (encodings(), check_encoding),
+    "damaged weights are refused, or weights": (damages(), check_damage),
     "spmm within the bound": (products(), lambda case: check_product(**case)),
     "derivatives of the dense product": (derivatives(), lambda case: check_derivatives(**case)),
     "compositions of transforms": (compositions(), lambda case: check_composition(**case)),

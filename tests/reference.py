@@ -58,3 +58,23 @@ def assert_product(y, x, w, bias=None, activation=None):
     assert (error <= bound).all(), (
         f"at {worst}: {y[worst]} for {ref[worst]}, error {error[worst]:.3g} > {bound[worst]:.3g}"
     )
+
+
+def damage(rng: np.random.Generator, words: np.ndarray) -> None:
+    """Changes one, some or all of the words in place."""
+    flat = words.reshape(-1)
+    at, count = rng.integers(flat.size), int(rng.choice([1, 3, flat.size]))
+    part = flat[at : at + count]
+    kind = rng.integers(6)
+    if kind == 0:
+        part[:] = rng.integers(0, 2**32, part.size, dtype=np.uint32)
+    elif kind == 1:
+        part[:] = rng.choice(np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], np.uint32))
+    elif kind == 2:
+        part ^= np.uint32(1) << rng.integers(0, 32, part.size, dtype=np.uint32)
+    elif kind == 3:
+        part += np.uint32(rng.integers(3000))
+    elif kind == 4:
+        part -= np.uint32(rng.integers(3000))
+    else:
+        rng.shuffle(part)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from properties import PROPERTIES
 
-CASES = dict(zip(PROPERTIES, [100, 40, 12, 10], strict=True))
+CASES = dict(zip(PROPERTIES, [100, 100, 40, 12, 10], strict=True))
 
 
 @pytest.mark.parametrize("name", PROPERTIES)

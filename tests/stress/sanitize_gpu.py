@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from reference import FLOATS, FORMATS, HALVES, assert_product, bits, sparse_matrix
+from reference import FLOATS, FORMATS, HALVES, assert_product, bits, damage, sparse_matrix
 
 import jax_flashllm as jf
 from jax_flashllm import _flashllm, plan
@@ -270,25 +270,6 @@ def valid(run: Runtime, quick: bool) -> int:
                 np.testing.assert_array_equal(bits(got), bits(want))
         count += 4
     return count
-
-
-def damage(rng: np.random.Generator, words: np.ndarray) -> None:
-    flat = words.reshape(-1)
-    at, count = rng.integers(flat.size), int(rng.choice([1, 3, flat.size]))
-    part = flat[at : at + count]
-    kind = rng.integers(6)
-    if kind == 0:
-        part[:] = rng.integers(0, 2**32, part.size, dtype=np.uint32)
-    elif kind == 1:
-        part[:] = rng.choice(np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], np.uint32))
-    elif kind == 2:
-        part ^= np.uint32(1) << rng.integers(0, 32, part.size, dtype=np.uint32)
-    elif kind == 3:
-        part += np.uint32(rng.integers(3000))
-    elif kind == 4:
-        part -= np.uint32(rng.integers(3000))
-    else:
-        rng.shuffle(part)
 
 
 def garbage(run: Runtime, count: int, seed: int) -> int:
