@@ -44,8 +44,8 @@ from jax_flashllm.models.mesh import Layout
 from jax_flashllm.models.opt import LAYER_NORM_EPSILON, OPT
 from jax_flashllm.nn import SparseDense
 
-# In the name of a kernel: NCCL's ncclDevKernel_AllReduce_..., or one of XLA's own.
-COLLECTIVE = re.compile("(all|reduce)[-_ ]?(reduce|gather|scatter|to[-_ ]?all)", re.IGNORECASE)
+# In the name of a kernel: NCCL's ncclDevKernel_AllReduce_..., XLA's own psum_933_0_fusion_1.
+COLLECTIVE = re.compile("psum|(all|reduce)[-_ ]?(reduce|gather|scatter)", re.IGNORECASE)
 SLAB = 512  # rows of a matrix that are drawn; the others repeat them
 
 
