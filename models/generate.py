@@ -26,7 +26,6 @@ from jax import lax
 from jax_flashllm.formats.weight import check_process
 from jax_flashllm.models import memory
 from jax_flashllm.models.cache import DTYPES, KVCache
-from jax_flashllm.models.cache import DTYPES, KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout
 from jax_flashllm.models.opt import OPT
