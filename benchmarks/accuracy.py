@@ -185,7 +185,7 @@ def plot(rows: list[dict], text: str, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [row for row in rows if row["text"] == text]
-    _, axes = plt.subplots(figsize=(7, 4.5))
+    _, axes = plt.subplots(figsize=(8.5, 4.5))
     dense = next(float(row["per_token"]) for row in rows if row["method"] == "dense")
     axes.axhline(dense, color="black", lw=1, ls=":", label=f"dense, {dense:.1f}")
     colors: dict[str, str] = {}
@@ -202,7 +202,7 @@ def plot(rows: list[dict], text: str, out: Path) -> None:
     axes.set_xlabel("sparsity of the linear layers")
     axes.set_ylabel(f"perplexity per token, {text}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plt.tight_layout()
     plt.savefig(out, metadata={"Date": None})
 
