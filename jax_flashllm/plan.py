@@ -152,14 +152,12 @@ def choose(
     warps = (cut or default).warps if groups == 1 else default.warps
     strips, units = _units(format, rows, shards, k, warps)
     ctas = strips if groups > 1 else min(units, (cut or default).ctas)
-    slots = 0 if strips % ctas == 0 else 1
+    slots = 0 if strips % ctas == 0 else 2
     if n_terms > 1:
         slots = _ceil(_ceil(units, ctas), _ceil(k, _UNIT_COLS[format])) + 1
     workspace = groups * ctas * slots * warps * warp_rows * group * 4
     if n_terms > 1:
         workspace += _align(chunk * 4)
-    elif slots:
-        workspace += _align(ctas * warps * (2 if format == "tiled_csl" else 1) * 4)
     if n_terms > 1 or k % 64:
         workspace += _align(total * _ceil(k, 64) * 64 * 2)
     return Plan(ctas, warps, group, chunk, workspace)

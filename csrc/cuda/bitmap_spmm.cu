@@ -41,21 +41,21 @@ static_assert(kMaskBlocks * kMaskBlockBytes >= kStageBytes);
 template <int kN8, int kChunkTiles>
 struct XRing {
   static constexpr int kTiles = kChunkTiles;
-  static constexpr int kStages = kN8 < 8 ? 4 : 3;  // three are needed
   static constexpr int kVectors = kTiles * 8;
   static constexpr uint32_t kRow = kTiles * 128 + 16;
   static constexpr uint32_t kStageBytes = kN8 * 8 * kRow;
-  static constexpr uint32_t kBytes = kStages * kStageBytes;
 };
-constexpr int kMaxXStages = 4;
+// A warp that loads chunk c + a at chunk c knows of the others that they have begun chunk c - a:
+// 2 a + 1 stages. The more of them, the further a warp may run ahead of others.
+constexpr int kMinXStages = 3, kMaxXStages = 7;
 
 __host__ __device__ constexpr uint32_t ControlBytes(int warps) {
   return ((kMaxXStages + warps * kStages) * 8 + 127) / 128 * 128;
 }
 
 template <int kN8, int kChunkTiles = ChunkTiles(kN8)>
-constexpr size_t SharedBytes(int warps) {
-  return ControlBytes(warps) + XRing<kN8, kChunkTiles>::kBytes + warps * kWarpBytes;
+constexpr size_t SharedBytes(int warps, int x_stages) {
+  return ControlBytes(warps) + x_stages * XRing<kN8, kChunkTiles>::kStageBytes + warps * kWarpBytes;
 }
 
 // ---- unpack ----
@@ -157,9 +157,10 @@ struct Stream {
     Look(opened + 1);
   }
 
-  // Issues stages until `kStages - 1` are under way: the one before them is being read.
+  // Issues stages until kAhead are under way: the one before them is being read.
+  template <int kAhead = kStages - 1>
   __device__ __forceinline__ void Fill(int lane) {
-    while (issued - waited < kStages - 1) {
+    while (issued - waited < kAhead) {
       if (left == 0) {
         if (opened > segment || opened + 1 >= segments) break;
         Open();
@@ -203,58 +204,6 @@ struct Stream {
   }
 };
 
-// ---- epilogue ----
-
-// Ends a segment, as strips.cuh's Flush does, but asks for all other CTAs' flags, and for four
-// CTAs' sums, at a time.
-template <int kN8>
-__device__ inline void Finish(const Args& a, int cta, int group, int strip, int ordinal, int begin,
-                              bool ends, int warp, int lane, float (&acc)[kN8][4]) {
-  const bool publish = a.keep_all || begin != 0;
-  const int slot = a.keep_all ? min(ordinal, a.slots - 1) : 0;
-  float4* const partial = reinterpret_cast<float4*>(a.partial) + lane;
-  const int last = publish || ends ? cta : CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
-  if (last > cta) {
-    for (int c = cta + 1 + lane; c <= last; c += 32)
-      while (!ptx::LoadAcquire(a.flags + c * a.warps + warp)) {
-      }
-    __syncwarp();
-    constexpr int kAtATime = 4;
-    const int64_t stride = PartialIndex(a, group, 1, 0, 0, 0) - PartialIndex(a, group, 0, 0, 0, 0);
-    const float4* from = partial + PartialIndex(a, group, cta + 1, 0, warp, 0);
-    for (int c = cta + 1; c <= last; c += kAtATime, from += kAtATime * stride) {
-#pragma unroll
-      for (int n8 = 0; n8 < kN8; ++n8) {
-        float4 p[kAtATime];
-#pragma unroll
-        for (int i = 0; i < kAtATime; ++i)
-          if (c + i <= last) p[i] = __ldcg(from + i * stride + n8 * 32);
-#pragma unroll
-        for (int i = 0; i < kAtATime; ++i) {
-          if (c + i > last) break;
-          acc[n8][0] += p[i].x, acc[n8][1] += p[i].y, acc[n8][2] += p[i].z, acc[n8][3] += p[i].w;
-        }
-      }
-    }
-  }
-  float4* const to = partial + PartialIndex(a, group, cta, slot, warp, 0);
-  const Band band = BandOf(a, strip * a.warps + warp);
-#pragma unroll
-  for (int n8 = 0; n8 < kN8; ++n8) {
-    const float4 sum = make_float4(acc[n8][0], acc[n8][1], acc[n8][2], acc[n8][3]);
-    acc[n8][0] = acc[n8][1] = acc[n8][2] = acc[n8][3] = 0.0f;
-    if (publish)
-      to[n8 * 32] = sum;
-    else
-      StoreFragment(a, band, (group * kN8 + n8) * 8, lane, sum);
-  }
-  if (publish && !a.keep_all) {
-    __threadfence();
-    __syncwarp();
-    if (lane == 0) ptx::StoreRelease(a.flags + cta * a.warps + warp, 1);
-  }
-}
-
 // ---- main loop ----
 
 template <bool kBf16, int kN8, int kChunkTiles = ChunkTiles(kN8)>
@@ -262,22 +211,24 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
   extern __shared__ __align__(128) uint8_t shared[];
   using X = XRing<kN8, kChunkTiles>;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = ptx::Keep(threadIdx.x & 31);
-  const int group = blockIdx.y, cta = CtaIndex(a);
-  const int64_t unit0 = FirstUnit(a, cta);
+  const int group = blockIdx.y, cta = blockIdx.x;
   // Shuffles tell the compiler what all lanes have in common.
-  const int count = __shfl_sync(~0u, static_cast<int>(FirstUnit(a, cta + 1) - unit0), 0);
+  const int unit0 = __shfl_sync(~0u, FirstUnit(a, cta), 0);
+  const int count = __shfl_sync(~0u, FirstUnit(a, cta + 1) - unit0, 0);
+  const int strip0 = __shfl_sync(~0u, unit0 / a.blocks, 0), block0 = unit0 - strip0 * a.blocks;
   ptx::LaunchDependents();
-  if (count == 0) return;
-  const int strip0 = __shfl_sync(~0u, static_cast<int>(unit0 / a.blocks), 0);
-  const int block0 = __shfl_sync(~0u, static_cast<int>(unit0 % a.blocks), 0);
 
   // ---- shared memory ----
   const uint32_t x_barriers = ptx::SharedAddress(shared);
-  const uint32_t x_ring = x_barriers + ControlBytes(a.warps);
-  const uint32_t values = x_ring + X::kBytes + warp * kWarpBytes;
+  const uint32_t values = x_barriers + ControlBytes(a.warps) + warp * kWarpBytes;
   const uint32_t mask_ring = values + kRingBytes + kRingTail;
+  const uint32_t x_ring = x_barriers + ControlBytes(a.warps) + a.warps * kWarpBytes;
   const uint32_t barriers = x_barriers + (kMaxXStages + warp * kStages) * 8;
-  if (threadIdx.x < X::kStages) ptx::BarrierInit(x_barriers + threadIdx.x * 8, a.warps * 32);
+  Stream stream = {a,      warp,    strip0, block0, count, (block0 + count - 1) / a.blocks + 1,
+                   values, barriers};
+  stream.ready = stream.limit = values;
+  stream.Look(0);  // nothing can be asked for before these offsets are here
+  if (threadIdx.x < a.x_stages) ptx::BarrierInit(x_barriers + threadIdx.x * 8, a.warps * 32);
 #if __CUDA_ARCH__ >= 900
   if (lane < kStages) ptx::BarrierInit(barriers + lane * 8, 1);
 #else
@@ -285,12 +236,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
 #endif
   ptx::FenceBarrierInit();
   __syncthreads();
-
-  // ---- load: values ----
-  Stream stream = {a,      warp,    strip0, block0, count, (block0 + count - 1) / a.blocks + 1,
-                   values, barriers};
-  stream.ready = stream.limit = values;
-  stream.Look(0);
 
   // ---- load: masks, a block a group of copies ----
   int load_block = block0, load_band = stream.BandAt(0), loaded = 0;
@@ -312,10 +257,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
     }
     ptx::CopyAsyncCommit();
   };
-  load_masks(), load_masks(), load_masks();
-  stream.Open();
-  stream.Enter();
-  stream.Fill(lane);
 
   // ---- load: x, a warp a row ----
   const int tokens = min(a.tokens - group * kN8 * 8, kN8 * 8);
@@ -323,13 +264,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
   const uint16_t* const x_from =
       ptx::Keep(a.x + (int64_t(group) * kN8 * 8 + warp) * a.x_stride + lane * 8);
   const uint32_t x_to = ptx::Keep(x_ring + warp * X::kRow + lane * 16);
-  uint32_t x_loaded = 0;
-  auto load_x = [&](int col) {
-    const uint32_t slot = x_loaded++ % X::kStages;
+  int load_slot = 0, load_col = block0 * kBlockCols;
+  auto load_x = [&] {
     if (X::kVectors == 32 || lane < X::kVectors) {
-      uint32_t to = x_to + slot * X::kStageBytes;
-      const uint16_t* from = x_from + col;
-      const bool inside = col + lane * 8 < a.x_stride;
+      uint32_t to = x_to + load_slot * X::kStageBytes;
+      const uint16_t* from = x_from + load_col;
+      const bool inside = load_col + lane * 8 < a.x_stride;
 #pragma unroll 1
       for (int row = 0; row < x_rows; ++row) {
         if (inside)
@@ -340,11 +280,23 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
         from += a.warps * a.x_stride;
       }
     }
-    ptx::CopyAsyncArrive(x_barriers + slot * 8);
+    ptx::CopyAsyncArrive(x_barriers + load_slot * 8);
+    if (++load_slot == a.x_stages) load_slot = 0;
+    load_col += X::kTiles * 64;
+    if (load_col == a.blocks * kBlockCols) load_col = 0;
   };
+
+  // What the first tile needs comes first: memory then takes microseconds for all that is asked.
+  load_masks();
+  stream.Open();
+  stream.Enter();
+  stream.Fill<1>(lane);
   // Weights depend on nothing before this kernel; x may.
   ptx::WaitForPrevious();
-  load_x(block0 * kBlockCols);
+  load_x();
+  load_masks(), load_masks();
+  stream.Fill(lane);
+  for (int ahead = 1; ahead < a.x_stages / 2; ++ahead) load_x();
 
   // The lane's 32 bytes of a token in a tile are its B fragments of the four steps. A first octet
   // that is not full reads its last token again; other octets read what lies there: a column of
@@ -354,7 +306,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
   const uint32_t mask_lane = ptx::Keep(mask_ring + lane * 4);
   const RunScan scan(lane);
 
-  float acc[kN8][4] = {};
+  float acc[1][kN8][4] = {};
   Starts runs, tile = {int(values), int(values), int(values), int(values)};  // the next tile
 
   // Waits for the values of the tile whose runs these are. `tile` is its end.
@@ -389,7 +341,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
   offset += block0;
 
   int strip = strip0, block = block0, begin = block0, ordinal = 0;
-  uint32_t chunk = 0;
+  int x_slot = 0;
+  uint32_t x_parity = 0;
   for (int i = 0; i < count; ++i) {
     const bool strip_ends = block + 1 == a.blocks;
     const int next_block = strip_ends ? 0 : block + 1;
@@ -404,13 +357,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
 #pragma unroll
     for (int j = 0; j < kBlockTiles; ++j) {
       if (j % X::kTiles == 0) {
-        // All warps have begun this chunk's predecessor, so none reads the one before that.
-        const uint32_t slot = chunk % X::kStages;
-        ptx::BarrierWait(x_barriers + slot * 8, chunk / X::kStages & 1);
-        ++chunk;
-        x_at = x_lane + slot * X::kStageBytes;
-        load_x(j + X::kTiles < kBlockTiles ? block * kBlockCols + (j + X::kTiles) * 64
-                                           : next_block * kBlockCols);
+        ptx::BarrierWait(x_barriers + x_slot * 8, x_parity);
+        x_at = x_lane + x_slot * X::kStageBytes;
+        if (++x_slot == a.x_stages) x_slot = 0, x_parity ^= 1;
+        load_x();
       }
       constexpr int kAhead = kN8 == 2 ? 2 : 1;  // octets of x in registers
       uint4 x[kAhead][2];
@@ -471,10 +421,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
 #pragma unroll
       for (int n8 = 0; n8 < kN8; ++n8) {
         uint4(&b)[2] = x[n8 % kAhead];
-        ptx::Mma<kBf16>(acc[n8], fragments[0], b[0].x, b[0].y);
-        ptx::Mma<kBf16>(acc[n8], fragments[1], b[0].z, b[0].w);
-        ptx::Mma<kBf16>(acc[n8], fragments[2], b[1].x, b[1].y);
-        ptx::Mma<kBf16>(acc[n8], fragments[3], b[1].z, b[1].w);
+        ptx::Mma<kBf16>(acc[0][n8], fragments[0], b[0].x, b[0].y);
+        ptx::Mma<kBf16>(acc[0][n8], fragments[1], b[0].z, b[0].w);
+        ptx::Mma<kBf16>(acc[0][n8], fragments[2], b[1].x, b[1].y);
+        ptx::Mma<kBf16>(acc[0][n8], fragments[3], b[1].z, b[1].w);
         if (n8 + kAhead < kN8) get_x(n8 + kAhead, b);
       }
       next_mask = after;
@@ -482,7 +432,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
     }
 
     if (strip_ends || i + 1 == count) {
-      Finish(a, cta, group, strip, ordinal, begin, strip_ends, warp, lane, acc);
+      Flush(a, cta, group, strip, ordinal, begin, strip_ends, warp, lane, acc);
       ++ordinal;
       begin = 0;
       if (i + 1 < count) seek(stream.BandAt(stream.segment));
@@ -516,35 +466,34 @@ cudaError_t InitializeBitmap(bool* overlap) {
   return ForEachKernel<true>(raise);
 }
 
+template <int kN8, int kChunkTiles = ChunkTiles(kN8)>
+cudaError_t LaunchBitmap(cudaStream_t stream, Args a, bool bf16, bool overlap, int shared) {
+  a.x_stages = kMaxXStages;
+  while (SharedBytes<kN8, kChunkTiles>(a.warps, a.x_stages) > size_t(shared))
+    if ((a.x_stages -= 2) < kMinXStages) {
+      if constexpr (kChunkTiles > 1 && kN8 == 8)
+        return LaunchBitmap<kN8, 1>(stream, a, bf16, overlap, shared);
+      return cudaErrorInvalidValue;
+    }
+  return Launch(stream,
+                bf16 ? BitmapKernel<true, kN8, kChunkTiles> : BitmapKernel<false, kN8, kChunkTiles>,
+                dim3(a.ctas, a.groups), a.warps * 32,
+                SharedBytes<kN8, kChunkTiles>(a.warps, a.x_stages), overlap, a);
+}
+
 cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap) {
   int shared;
   if (cudaError_t e = MaxShared(&shared)) return e;
   if (a.warps > kMaxWarps) return cudaErrorInvalidValue;
-  const dim3 grid(a.ctas, a.groups);
-  auto launch = [&](auto kernel, size_t bytes) {
-    if (bytes > size_t(shared)) return cudaErrorInvalidValue;
-    return Launch(stream, kernel, grid, a.warps * 32, bytes, overlap, a);
-  };
-  if (a.group == 64 && SharedBytes<8>(a.warps) > size_t(shared))
-    return launch(bf16 ? BitmapKernel<true, 8, 1> : BitmapKernel<false, 8, 1>,
-                  SharedBytes<8, 1>(a.warps));
-  switch (a.group * 2 + bf16) {
+  switch (a.group) {
+    case 8:
+      return LaunchBitmap<1>(stream, a, bf16, overlap, shared);
     case 16:
-      return launch(BitmapKernel<false, 1>, SharedBytes<1>(a.warps));
-    case 17:
-      return launch(BitmapKernel<true, 1>, SharedBytes<1>(a.warps));
+      return LaunchBitmap<2>(stream, a, bf16, overlap, shared);
     case 32:
-      return launch(BitmapKernel<false, 2>, SharedBytes<2>(a.warps));
-    case 33:
-      return launch(BitmapKernel<true, 2>, SharedBytes<2>(a.warps));
+      return LaunchBitmap<4>(stream, a, bf16, overlap, shared);
     case 64:
-      return launch(BitmapKernel<false, 4>, SharedBytes<4>(a.warps));
-    case 65:
-      return launch(BitmapKernel<true, 4>, SharedBytes<4>(a.warps));
-    case 128:
-      return launch(BitmapKernel<false, 8>, SharedBytes<8>(a.warps));
-    case 129:
-      return launch(BitmapKernel<true, 8>, SharedBytes<8>(a.warps));
+      return LaunchBitmap<8>(stream, a, bf16, overlap, shared);
     default:
       return cudaErrorInvalidValue;
   }

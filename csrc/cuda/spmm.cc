@@ -48,15 +48,17 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
   }
   a.bands = static_cast<int>(p.shards) * a.shard_bands;
   a.strips = static_cast<int>(CeilDiv(a.bands, a.warps * a.warp_bands));
-  a.units = int64_t(a.strips) * a.blocks;
+  a.units = a.strips * a.blocks;
   a.ctas = plan.ctas;
+  a.share = a.units / a.ctas;
+  a.longer = a.units % a.ctas;
   a.group = plan.group;
   a.groups = static_cast<int>(CeilDiv(a.tokens, plan.group));
   a.keep_all = a.terms > 1;
   // A CTA's range touches at most this many strips; without terms it leaves sums of its first
-  // only, if that began in another CTA.
+  // and of its last only, where other CTAs have parts of them.
   const int64_t touched = CeilDiv(CeilDiv(a.units, a.ctas), a.blocks) + 1;
-  a.slots = static_cast<int>(a.keep_all ? touched : a.strips % a.ctas == 0 ? 0 : 1);
+  a.slots = static_cast<int>(a.keep_all ? touched : a.strips % a.ctas == 0 ? 0 : 2);
   return a;
 }
 
@@ -64,7 +66,6 @@ Sizes WorkspaceSizes(const Problem& p, const Args& a) {
   Sizes s = {};
   if (NeedsPrepare(p)) s.tokens = Align(size_t(a.tokens) * a.x_stride * 2);
   if (a.terms > 1) s.unscale = Align(size_t(a.tokens_a_term) * 4);
-  if (a.slots && !a.keep_all) s.flags = Align(size_t(a.ctas) * a.warps * 4);
   s.partial = size_t(a.groups) * a.ctas * a.slots * a.warps * a.warp_bands * 16 * a.group * 4;
   return s;
 }
@@ -84,6 +85,7 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
   for (int64_t n0 = 0; n0 < p.n; n0 += plan.chunk) {
     const int64_t n = std::min(plan.chunk, p.n - n0);
     Args a = MakeArgs(p, plan, n);
+    if (int64_t(a.strips) * a.blocks > INT32_MAX) return refuse("the weight is too large");
     if (a.ctas > a.units) return refuse("the plan has more CTAs than units of work");
     if (a.groups > 65535) return refuse("the plan's chunk is too long");
     const Sizes sizes = WorkspaceSizes(p, a);
@@ -92,8 +94,7 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
     const char* x = static_cast<const char*>(p.x) + n0 * x_row;
     a.out.y = static_cast<char*>(p.y) + n0 * y_row;
     a.unscale = reinterpret_cast<float*>(workspace + sizes.tokens);
-    a.flags = reinterpret_cast<uint32_t*>(workspace + sizes.tokens + sizes.unscale);
-    a.partial = reinterpret_cast<float*>(workspace + sizes.tokens + sizes.unscale + sizes.flags);
+    a.partial = reinterpret_cast<float*>(workspace + sizes.tokens + sizes.unscale);
     if (NeedsPrepare(p)) {
       uint16_t* tokens = reinterpret_cast<uint16_t*>(workspace);
       a.x = tokens;
@@ -105,13 +106,13 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
       if (reinterpret_cast<uintptr_t>(x) % 16) return refuse("x must be 16-byte aligned");
     }
     // The main loop may start before its predecessor ends only if that is ours: it reads W first.
-    const bool split = sizes.flags != 0, bf16 = p.weight == Type::kBF16;
-    if (split)
-      if (cudaError_t e = ClearFlags(stream, a)) return e;
     const auto main_loop = p.format == Format::kBitmap ? BitmapSpmm : TiledCslSpmm;
-    if (cudaError_t e = main_loop(stream, a, bf16, overlap && split)) return e;
-    if (a.keep_all)
-      if (cudaError_t e = CombineTerms(stream, a, overlap)) return e;
+    if (cudaError_t e =
+            main_loop(stream, a, p.weight == Type::kBF16, overlap && NeedsPrepare(p)))
+      return e;
+    if (!a.slots) continue;
+    const auto combine = a.keep_all ? CombineTerms : Combine;
+    if (cudaError_t e = combine(stream, a, overlap)) return e;
   }
   return cudaSuccess;
 }

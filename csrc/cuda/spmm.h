@@ -1,12 +1,12 @@
 // What a product is (Problem), how it runs (Plan), and who runs it.
 //
-//   x ---> [PrepareTokens] ---> [ClearFlags] ---> main loop ---> [Combine] ---> y
-//          only for another     only where K        |            only for x in terms
-//          dtype or ragged K    is split            +-- all other strips go straight to y
+//   x ---> [PrepareTokens] ---> main loop ---> [Combine or CombineTerms] ---> y
+//          only for another         |          only for strips that CTAs share, or x in terms
+//          dtype or ragged K        +--------- all other strips go straight to y
 //
 // Work is cut into strips (16 rows a warp of a bitmap, 64 a team of two of Tiled-CSL) and units (a
 // strip over 256 columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous units
-// [c U / C, (c + 1) U / C): whole strips mostly, so that few sums have to be combined, and always
+// [FirstUnit(c), FirstUnit(c + 1)): whole strips mostly, so that few sums have to be combined, and always
 // in order of K, so that the same input gives the same bits.
 #pragma once
 #include <cuda_runtime.h>
@@ -81,22 +81,23 @@ struct Args {
   int tokens;
   Output out;
   float* partial;        // [groups][ctas][slots][strip's bands][group / 8][32] float4
-  uint32_t* flags;       // [ctas][warps]: this warp's partial sums of its first strip are there
   const float* unscale;  // per token of x, for terms
   int terms, tokens_a_term;
   float term_step;                             // 2^-11 for fp16 terms, 1 for bf16
   bool keep_all;                               // every strip goes through `partial`
   int64_t capacity, index_capacity;            // of a shard, in 16 bytes
-  int64_t units;                               // strips * blocks
+  int units;                                   // strips * blocks
+  int share, longer;                           // units / ctas, units % ctas
   int shard_rows, shard_bands, bands, strips;  // bands of 16 rows
   int tiles, blocks;                           // of a band; units of a strip
   int shard_offsets;                           // offsets a shard
   int ctas, warps, warp_bands, slots, groups, group;
+  int x_stages;  // of a bitmap's x in shared memory; odd
 };
 
 struct Sizes {
-  size_t tokens, unscale, flags, partial;
-  size_t total() const { return tokens + unscale + flags + partial; }
+  size_t tokens, unscale, partial;
+  size_t total() const { return tokens + unscale + partial; }
 };
 
 // Fills everything but pointers into x, y and the workspace, for a chunk of n tokens.
@@ -113,7 +114,7 @@ cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overl
 cudaError_t TiledCslSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
 cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type weight, int64_t n,
                           int64_t k, int64_t k_padded, int terms, uint16_t* out, float* unscale);
-cudaError_t ClearFlags(cudaStream_t stream, const Args& a);
+cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap);
 cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap);
 
 // A dense matrix; shard c * row_blocks + r of a weight is its row block r of column block c.

@@ -7,19 +7,17 @@ namespace flashllm::cuda {
 
 // ---- who works on what ----
 
-// CTAs start in the order of blockIdx. The one that others wait for (Flush) starts before them.
-__device__ inline int CtaIndex(const Args& a) { return a.ctas - 1 - static_cast<int>(blockIdx.x); }
-
-// First unit of CTA c.
-__host__ __device__ inline int64_t FirstUnit(const Args& a, int64_t c) {
-  return c * a.units / a.ctas;
+// First unit of CTA c: shares of `share` units, and one more each for the first ones.
+__host__ __device__ inline int FirstUnit(const Args& a, int c) {
+  return c * a.share + min(c, a.longer);
 }
 
 __host__ __device__ inline int StripBands(const Args& a) { return a.warps * a.warp_bands; }
 
-// The CTA that has unit u: the last c with FirstUnit(c) <= u.
-__host__ __device__ inline int CtaOf(const Args& a, int64_t u) {
-  return static_cast<int>(((u + 1) * a.ctas - 1) / a.units);
+// The CTA that has unit u.
+__host__ __device__ inline int CtaOf(const Args& a, int u) {
+  const int c = u / (a.share + 1);
+  return c < a.longer ? c : a.longer + (u - a.longer * (a.share + 1)) / a.share;
 }
 
 // Sixteen rows of W: row0.. of y, of which `valid` exist.
@@ -94,31 +92,15 @@ __device__ inline void StoreFragment(const Args& a, const Band& band, int token0
 }
 
 // Ends a segment, the part of a strip that a CTA has: from `begin` on, to its end if `ends`.
-//
-// The CTA with a strip's first block finishes it. The others start with this strip, leave their
-// sums in `partial` and raise a flag a warp. By the time the first has come to the end of its
-// range, they have long done so, and its own sums plus theirs, in order of K, go to y.
+// A whole strip goes to y, parts to `partial`, where a kernel of its own adds them up (tokens.cu):
+// a CTA shares its first strip with those before it (slot 0), its last with those behind (slot 1).
 template <int kBands, int kN8>
 __device__ inline void Flush(const Args& a, int cta, int group, int strip, int ordinal, int begin,
                              bool ends, int warp, int lane, float (&acc)[kBands][kN8][4]) {
-  const bool publish = a.keep_all || begin != 0;
-  const int slot = a.keep_all ? min(ordinal, a.slots - 1) : 0;
-  float4* const partial = reinterpret_cast<float4*>(a.partial) + lane;
-  const int last = publish || ends ? cta : CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
-  // All of a CTA's sums are asked for before the first is added: one latency a CTA, not one a sum.
-  for (int c = cta + 1; c <= last; ++c) {
-    while (!ptx::LoadAcquire(a.flags + c * a.warps + warp)) {
-    }
-    const float4* from = partial + PartialIndex(a, group, c, 0, warp * kBands, 0);
-#pragma unroll
-    for (int b = 0; b < kBands; ++b)
-#pragma unroll
-      for (int n8 = 0; n8 < kN8; ++n8) {
-        const float4 p = __ldcg(from + (b * kN8 + n8) * 32);
-        acc[b][n8][0] += p.x, acc[b][n8][1] += p.y, acc[b][n8][2] += p.z, acc[b][n8][3] += p.w;
-      }
-  }
-  float4* const to = partial + PartialIndex(a, group, cta, slot, warp * kBands, 0);
+  const bool whole = begin == 0 && ends && !a.keep_all;
+  const int slot = a.keep_all ? min(ordinal, a.slots - 1) : begin == 0;
+  float4* const to = reinterpret_cast<float4*>(a.partial) + lane +
+                     PartialIndex(a, group, cta, slot, warp * kBands, 0);
 #pragma unroll
   for (int b = 0; b < kBands; ++b) {
     const Band band = BandOf(a, strip * StripBands(a) + warp * kBands + b);
@@ -126,15 +108,11 @@ __device__ inline void Flush(const Args& a, int cta, int group, int strip, int o
     for (int n8 = 0; n8 < kN8; ++n8) {
       const float4 sum = make_float4(acc[b][n8][0], acc[b][n8][1], acc[b][n8][2], acc[b][n8][3]);
       acc[b][n8][0] = acc[b][n8][1] = acc[b][n8][2] = acc[b][n8][3] = 0.0f;
-      if (publish)
-        to[(b * kN8 + n8) * 32] = sum;
-      else
+      if (whole)
         StoreFragment(a, band, (group * kN8 + n8) * 8, lane, sum);
+      else
+        to[(b * kN8 + n8) * 32] = sum;
     }
-  }
-  if (publish && !a.keep_all) {
-    __syncwarp();  // the release is cumulative: it covers what the other lanes have stored
-    if (lane == 0) ptx::StoreRelease(a.flags + cta * a.warps + warp, 1);
   }
 }
 

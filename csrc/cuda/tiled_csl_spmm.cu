@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1) TiledCslKernel(const __grid_const
   using L = Layout<kN8>;
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = blockIdx.y;
-  const int cta = CtaIndex(a);
+  const int cta = static_cast<int>(blockIdx.x);
   const int64_t unit0 = FirstUnit(a, cta);
   const int count = static_cast<int>(FirstUnit(a, cta + 1) - unit0);
   ptx::LaunchDependents();

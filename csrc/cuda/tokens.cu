@@ -4,7 +4,7 @@
 namespace flashllm::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kCombineThreads = 128;
 
 __device__ inline uint16_t ToHalf(float v, bool bf16) {
   return bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v));
@@ -19,6 +19,7 @@ __device__ inline float ToFloat(uint16_t v, bool bf16) {
 __global__ void __launch_bounds__(kThreads)
     PrepareKernel(const void* x, Type type, bool bf16, int64_t n, int64_t k, int64_t k_padded,
                   int terms, uint16_t* out, float* unscale) {
+  ptx::LaunchDependents();
   const int64_t token = blockIdx.x;
   float scale = 1.0f;
   if (terms > 1 && !bf16) {
@@ -57,10 +58,33 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) ClearFlagsKernel(uint32_t* flags, int count) {
-  ptx::LaunchDependents();
-  const int i = blockIdx.x * kThreads + threadIdx.x;
-  if (i < count) flags[i] = 0;
+// Sums of the strips that several CTAs share, in order of K: one warp 16 rows x 8 tokens. Small
+// CTAs, that find room beside the main loop's last ones and have all but the sums when those end.
+__global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_constant__ Args a) {
+  constexpr int kAtATime = 8;
+  const int lane = threadIdx.x % 32, n8s = a.group / 8, strip = blockIdx.x, group = blockIdx.z;
+  const int index = (blockIdx.y * kCombineThreads + threadIdx.x) / 32;
+  const int strip_band = index / n8s, n8 = index % n8s;
+  const int first = CtaOf(a, strip * a.blocks), last = CtaOf(a, (strip + 1) * a.blocks - 1);
+  const int64_t stride = PartialIndex(a, 0, 1, 0, 0, 0);
+  const float4* from = reinterpret_cast<const float4*>(a.partial) + lane +
+                       PartialIndex(a, group, first + 1, 0, strip_band, n8);
+  const float4* own = from + PartialIndex(a, 0, 0, 1, 0, 0) - stride;
+  const Band band = BandOf(a, strip * StripBands(a) + strip_band);
+  // All warps wait: a grid that ended before its predecessor would set the next one free.
+  ptx::WaitForPrevious();
+  if (first == last || strip_band >= StripBands(a)) return;
+  float4 sum = __ldcg(own);
+  for (int c = first + 1; c <= last; c += kAtATime, from += kAtATime * stride) {
+    float4 p[kAtATime];
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i)
+      if (c + i <= last) p[i] = __ldcg(from + i * stride);
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i)
+      if (c + i <= last) sum.x += p[i].x, sum.y += p[i].y, sum.z += p[i].z, sum.w += p[i].w;
+  }
+  StoreFragment(a, band, (group * n8s + n8) * 8, lane, sum);
 }
 
 // Sums of tokens in terms over the CTAs that share a strip, in order of K: one thread an element
@@ -77,8 +101,7 @@ __global__ void __launch_bounds__(kThreads) CombineTermsKernel(const __grid_cons
   const int strip = row / strip_rows, strip_band = row % strip_rows / 16;
   const Band band = BandOf(a, row / 16);
   if (row % 16 >= band.valid) return;
-  const int first = CtaOf(a, int64_t(strip) * a.blocks);
-  const int last = CtaOf(a, int64_t(strip + 1) * a.blocks - 1);
+  const int first = CtaOf(a, strip * a.blocks), last = CtaOf(a, (strip + 1) * a.blocks - 1);
   const float unscale = a.unscale[token];
   float total = 0.0f, weight = 1.0f;
   for (int term = 0; term < a.terms; ++term, weight *= a.term_step) {
@@ -113,11 +136,10 @@ cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type w
   return cudaGetLastError();
 }
 
-cudaError_t ClearFlags(cudaStream_t stream, const Args& a) {
-  const int count = a.ctas * a.warps;
-  ClearFlagsKernel<<<static_cast<unsigned>(CeilDiv(count, kThreads)), kThreads, 0, stream>>>(
-      a.flags, count);
-  return cudaGetLastError();
+cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap) {
+  const int64_t threads = StripBands(a) * (a.group / 8) * 32;
+  const dim3 grid(a.strips, static_cast<unsigned>(CeilDiv(threads, kCombineThreads)), a.groups);
+  return Launch(stream, CombineKernel, grid, kCombineThreads, 0, overlap, a);
 }
 
 cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap) {
