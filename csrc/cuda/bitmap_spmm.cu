@@ -1,16 +1,16 @@
-// Bitmap main loop: every warp streams its own band and decodes it into mma fragments.
+// Bitmap main loop: a warp a band, which it decodes into mma fragments, and a few warps that load.
 //
 //   warp w of a CTA   band strip * warps + w (16 rows), the strip's blocks of 256 columns in turn
 //
-//   values   HBM ==bulk copies==> a ring of shared memory that only this warp uses
-//   masks    HBM --cp.async, three blocks ahead--> a ring likewise
-//   x        L2  --cp.async, one chunk ahead--> a ring that all warps of the CTA fill and read
+//   values   HBM ==bulk copies==> a ring a warp, in stages of 2 KB     two warps, a lane a ring
+//   masks    HBM ==bulk copies==> another, in stages of two blocks     a third
+//   x        L2  ==bulk copies==> a ring of the CTA's                  a fourth, a lane a token
 //
 //   tile     | 32 predicated loads = A fragments | scan of the next tile | 4 mma a token octet |
-//            | the next tile's values there? else refill the ring, wait                        |
+//            | the next tile's values there? else release a stage, wait                        |
 //
-// The values of a band are contiguous, so they come as a stream of stages of 2 KB that know
-// nothing of blocks: a warp waits for, and refills, a stage when a tile runs into the next one.
+// The values of a band are contiguous, so they come as a stream of stages that know nothing of
+// blocks. Every stage has two mbarriers: full, and, for the warps that load to look at, empty.
 #include "../bitmap.h"
 #include "bitmap_scan.cuh"
 #include "strips.cuh"
@@ -21,17 +21,27 @@ namespace {
 using bitmap::kBlockCols;
 using bitmap::kBlockTiles;
 
-constexpr int kMaxWarps = 16;
+constexpr int kMaxWarps = 16;  // that compute
+constexpr int kLoaders = 4;    // a warpgroup
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr int kMaxThreads = (kMaxWarps + kLoaders) * 32;
+#else
+constexpr int kMaxThreads = (12 + kLoaders) * 32;  // as many as shared memory has rings for
+#endif
 constexpr int kWalkFrom = 4;  // octets of tokens: their sums leave no registers for pairs' starts
-constexpr int kStages = 4;
-constexpr uint32_t kStageBytes = 2048;  // a full tile
-constexpr uint32_t kRingBytes = kStages * kStageBytes;
+constexpr int kValueStages = 4;
+constexpr uint32_t kValueStageBytes = 2048;  // a full tile
+constexpr uint32_t kValueStageVectors = kValueStageBytes / 16;
+constexpr int kFirstStages = 2;  // asked for at first: more of them delay what is needed first
+constexpr uint32_t kValueRingBytes = kValueStages * kValueStageBytes;
 constexpr uint32_t kRingTail = 16;  // a lane's run that crosses the end: the first bytes again
-constexpr int kMaskBlocks = 4;
-constexpr uint32_t kMaskBlockBytes = kBlockTiles * 128;
-constexpr uint32_t kWarpBytes = kMaskBlocks * kMaskBlockBytes + kRingBytes + kRingTail;
+constexpr int kMaskStages = 3, kMaskStageBlocks = 2;
+constexpr uint32_t kBlockMaskBytes = kBlockTiles * 128;
+constexpr uint32_t kMaskStageBytes = kMaskStageBlocks * kBlockMaskBytes;
+constexpr uint32_t kMaskRingBytes = kMaskStages * kMaskStageBytes;
+constexpr uint32_t kWarpBytes = kValueRingBytes + kRingTail + kMaskRingBytes;
 // Masks that lie (garbage) may send a lane past the end of its ring: into its masks, no further.
-static_assert(kMaskBlocks * kMaskBlockBytes >= kStageBytes);
+static_assert(kMaskRingBytes >= kValueStageBytes);
 
 // Of x in shared memory: chunks of kTiles tiles, rows (tokens) 16 bytes longer than that, so that
 // eight lanes of a 16-byte load, two tokens, hit 32 banks.
@@ -41,21 +51,219 @@ static_assert(kMaskBlocks * kMaskBlockBytes >= kStageBytes);
 template <int kN8, int kChunkTiles>
 struct XRing {
   static constexpr int kTiles = kChunkTiles;
-  static constexpr int kVectors = kTiles * 8;
-  static constexpr uint32_t kRow = kTiles * 128 + 16;
+  static constexpr uint32_t kRowBytes = kTiles * 128, kRow = kRowBytes + 16;
   static constexpr uint32_t kStageBytes = kN8 * 8 * kRow;
 };
-// A warp that loads chunk c + a at chunk c knows of the others that they have begun chunk c - a:
-// 2 a + 1 stages. The more of them, the further a warp may run ahead of others.
-constexpr int kMinXStages = 3, kMaxXStages = 7;
+constexpr int kMinXStages = 2, kMaxXStages = 7;
 
-__host__ __device__ constexpr uint32_t ControlBytes(int warps) {
-  return ((kMaxXStages + warps * kStages) * 8 + 127) / 128 * 128;
+// Shared memory: mbarriers, a warp's rings after another's, x.
+constexpr uint32_t kXFull = 0, kXEmpty = kXFull + kMaxXStages * 8;
+constexpr uint32_t kValueFull = kXEmpty + kMaxXStages * 8;
+constexpr uint32_t kValueEmpty = kValueFull + kMaxWarps * kValueStages * 8;
+constexpr uint32_t kMaskFull = kValueEmpty + kMaxWarps * kValueStages * 8;
+constexpr uint32_t kMaskEmpty = kMaskFull + kMaxWarps * kMaskStages * 8;
+constexpr uint32_t kControlBytes = (kMaskEmpty + kMaxWarps * kMaskStages * 8 + 127) / 128 * 128;
+
+template <int kN8, int kChunkTiles>
+constexpr size_t SharedBytes(int warps, int x_stages) {
+  return kControlBytes + warps * kWarpBytes + x_stages * XRing<kN8, kChunkTiles>::kStageBytes;
 }
 
-template <int kN8, int kChunkTiles = ChunkTiles(kN8)>
-constexpr size_t SharedBytes(int warps, int x_stages) {
-  return ControlBytes(warps) + x_stages * XRing<kN8, kChunkTiles>::kStageBytes + warps * kWarpBytes;
+constexpr uint32_t kPollNs = 64;
+
+__host__ __device__ constexpr int RoundUp(int i, int to) { return (i + to - 1) / to * to; }
+
+// ---- what a CTA has to do ----
+
+struct Work {
+  int strip, block, count;  // the first unit, and how many
+};
+
+// Vectors of 16 bytes of values.
+struct Range {
+  uint32_t first, end;
+};
+
+// Of a band's `blocks` blocks from `block` on; none behind W. As loaded: may be garbage.
+__device__ __forceinline__ Range LoadRange(const Args& a, int band, int block, int blocks) {
+  if (band >= a.bands || blocks == 0) return {0, 0};
+  const uint32_t* p = a.offsets + int64_t(band / a.shard_bands) * a.shard_offsets +
+                      int64_t(band % a.shard_bands) * a.blocks + block;
+  return {__ldg(p), __ldg(p + blocks)};
+}
+
+__device__ __forceinline__ Range Clamp(const Args& a, Range r) {
+  const uint32_t capacity = static_cast<uint32_t>(min(a.capacity, int64_t(0xffffffffu)));
+  r.first = min(r.first, capacity);
+  r.end = max(min(r.end, capacity), r.first);
+  return r;
+}
+
+__device__ __forceinline__ const uint8_t* ValuesAt(const Args& a, int band, uint32_t vector) {
+  return reinterpret_cast<const uint8_t*>(a.values) +
+         (int64_t(band / a.shard_bands) * a.capacity + vector) * 16;
+}
+
+// Vectors of a stage that lie before this address.
+__device__ __forceinline__ uint32_t Phase(const uint8_t* p) {
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)) / 16 % kValueStageVectors;
+}
+
+// ---- the warps that load ----
+
+// Copies of one lane. A phase: Copy and Zero as often as wanted, then Arrive.
+#if __CUDA_ARCH__ >= 900
+template <bool kOnce>
+__device__ __forceinline__ void Copy(uint32_t to, const void* from, uint32_t bytes, uint32_t full) {
+  ptx::BarrierExpectMore(full, bytes);
+  // What is read once leaves in the L2 cache what other kernels have there.
+  if constexpr (kOnce)
+    ptx::BulkCopyOnce(to, from, bytes, full);
+  else
+    ptx::BulkCopy(to, from, bytes, full);
+}
+__device__ __forceinline__ void Zero(const Args&, uint32_t to, uint32_t bytes) {
+  if (bytes == 0) return;
+  for (uint32_t i = 0; i < bytes; i += 16) ptx::ZeroShared128(to + i);
+  ptx::FenceProxyAsync();  // bulk copies will write there again
+}
+__device__ __forceinline__ void Arrive(uint32_t full) { ptx::BarrierArrive(full); }
+#else
+template <bool kOnce>
+__device__ __forceinline__ void Copy(uint32_t to, const void* from, uint32_t bytes, uint32_t full) {
+  for (uint32_t i = 0; i < bytes; i += 16)
+    ptx::CopyAsync16(to + i, static_cast<const uint8_t*>(from) + i);
+}
+__device__ __forceinline__ void Zero(const Args& a, uint32_t to, uint32_t bytes) {
+  for (uint32_t i = 0; i < bytes; i += 16) ptx::CopyAsyncZero16(to + i, a.offsets);
+}
+__device__ __forceinline__ void Arrive(uint32_t full) { ptx::CopyAsyncArrive(full); }
+#endif
+
+// Values of one warp that computes: a lane's job. `idle` lanes have none.
+__device__ __forceinline__ void LoadValues(const Args& a, uint32_t control, Work work, int warp,
+                                           bool idle) {
+  const uint32_t full = control + kValueFull + warp * kValueStages * 8;
+  const uint32_t empty = control + kValueEmpty + warp * kValueStages * 8;
+  const uint32_t ring = control + kControlBytes + warp * kWarpBytes;
+  int band = work.strip * a.warps + warp, left = work.count,
+      blocks = min(left, a.blocks - work.block);
+  Range next = {0, 0};
+  if (!idle) {
+    next = LoadRange(a, band, work.block, blocks);
+    for (int i = 0; i < kValueStages; ++i)
+      ptx::BarrierInit(full + i * 8, 1), ptx::BarrierInit(empty + i * 8, 1);
+  }
+  ptx::FenceBarrierInit();
+  const uint8_t* from = nullptr;
+  uint32_t rest = 0, issued = 0;  // vectors of the strip; stages
+  bool done = idle, landed = idle;
+  for (int i = 0;; ++i) {
+    while (!done && rest == 0) {
+      if (left == 0) {
+        done = true;
+        break;
+      }
+      const Range r = Clamp(a, next);
+      from = ValuesAt(a, band, r.first);
+      rest = r.end - r.first;
+      left -= blocks;
+      band += a.warps;
+      blocks = min(left, a.blocks);
+      next = LoadRange(a, band, 0, blocks);
+    }
+    if (!landed && i > 0) landed = ptx::BarrierLook(full, 0);
+    const uint32_t slot = issued % kValueStages, round = issued / kValueStages;
+    const bool room = !done && (landed || issued < kFirstStages) &&
+                      ptx::BarrierLook(empty + slot * 8, round & 1 ^ 1);
+    if (room) {
+      // Stages end at multiples of their length: no line of memory is fetched twice.
+      const uint32_t phase = Phase(from);
+      const uint32_t n = min(rest, kValueStageVectors - phase);
+      const uint32_t to = ring + slot * kValueStageBytes + phase * 16, barrier = full + slot * 8;
+      Copy<true>(to, from, n * 16, barrier);
+      if (slot == 0) Copy<true>(ring + kValueRingBytes, from, kRingTail, barrier);
+      Arrive(barrier);
+      from += n * 16;
+      rest -= n;
+      ++issued;
+    }
+    if (i == 0) __syncthreads();  // barriers are there
+    if (__all_sync(~0u, done)) break;
+    if (i >= kValueStages && !__any_sync(~0u, room)) ptx::Sleep(kPollNs);
+  }
+}
+
+// Masks likewise. Tiles behind W have none.
+__device__ __forceinline__ void LoadMasks(const Args& a, uint32_t control, Work work, int warp) {
+  const bool idle = warp >= a.warps;
+  const uint32_t full = control + kMaskFull + warp * kMaskStages * 8;
+  const uint32_t empty = control + kMaskEmpty + warp * kMaskStages * 8;
+  const uint32_t ring = control + kControlBytes + warp * kWarpBytes + kValueRingBytes + kRingTail;
+  if (!idle) {
+    for (int i = 0; i < kMaskStages; ++i)
+      ptx::BarrierInit(full + i * 8, 1), ptx::BarrierInit(empty + i * 8, 1);
+  }
+  ptx::FenceBarrierInit();
+  int band = work.strip * a.warps + warp, block = work.block, left = idle ? 0 : work.count;
+  int slot = 0;
+  uint32_t parity = 1;
+  bool first = true, landed = idle;
+  for (int i = 0;; ++i) {
+    if (!landed && i > 0) landed = ptx::BarrierLook(full, 0);
+    const bool room = left && (landed || first) && ptx::BarrierLook(empty + slot * 8, parity);
+    if (room) {
+      uint32_t to = ring + slot * kMaskStageBytes;
+      const uint32_t barrier = full + slot * 8;
+      for (int stage = min(left, kMaskStageBlocks); stage;) {
+        const int n = min(stage, a.blocks - block);
+        const int tiles = band < a.bands ? min(n * kBlockTiles, a.tiles - block * kBlockTiles) : 0;
+        if (tiles)
+          Copy<true>(to, a.index + (int64_t(band) * a.tiles + block * kBlockTiles) * 32,
+                     tiles * 128, barrier);
+        Zero(a, to + tiles * 128, (n * kBlockTiles - tiles) * 128);
+        to += n * kBlockMaskBytes;
+        stage -= n, left -= n, block += n;
+        if (block == a.blocks) block = 0, band += a.warps;
+      }
+      Arrive(barrier);
+      first = false;
+      if (++slot == kMaskStages) slot = 0, parity ^= 1;
+    }
+    if (i == 0) __syncthreads();
+    if (!__any_sync(~0u, left)) break;
+    if (i >= kMaskStages && !__any_sync(~0u, room)) ptx::Sleep(kPollNs);
+  }
+}
+
+template <typename X>
+__device__ __forceinline__ void LoadX(const Args& a, uint32_t control, uint32_t ring, Work work,
+                                      int token0, int tokens, int lane) {
+  if (lane < a.x_stages) {
+    ptx::BarrierInit(control + kXFull + lane * 8, 32);
+    ptx::BarrierInit(control + kXEmpty + lane * 8, a.warps);
+  }
+  ptx::FenceBarrierInit();
+  __syncthreads();
+  // Weights depend on nothing before this kernel; x may.
+  ptx::WaitForPrevious();
+  const uint16_t* const x = a.x + int64_t(token0) * a.x_stride;
+  const int chunks = work.count * (kBlockTiles / X::kTiles), cols = a.blocks * kBlockCols;
+  int slot = 0, col = work.block * kBlockCols;
+  uint32_t parity = 1;
+  for (int i = 0; i < chunks; ++i) {
+    const uint32_t full = control + kXFull + slot * 8;
+    ptx::BarrierWait(control + kXEmpty + slot * 8, parity);
+    const uint32_t to = ring + slot * X::kStageBytes;
+    const uint32_t bytes = 2 * min(X::kTiles * 64, max(static_cast<int>(a.x_stride) - col, 0));
+    for (int t = lane; t < tokens; t += 32) {
+      if (bytes) Copy<false>(to + t * X::kRow, x + t * a.x_stride + col, bytes, full);
+      Zero(a, to + t * X::kRow + bytes, X::kRowBytes - bytes);
+    }
+    Arrive(full);
+    if (++slot == a.x_stages) slot = 0, parity ^= 1;
+    if ((col += X::kTiles * 64) == cols) col = 0;
+  }
 }
 
 // ---- unpack ----
@@ -108,97 +316,33 @@ __device__ __forceinline__ void WalkStep(uint32_t mask, uint32_t run, uint32_t (
   a[3] = WalkPair<8 * kStep + 6>(mask, run);
 }
 
-// ---- the stream of values ----
+// ---- the stream of values, as the warp that computes sees it ----
 
-// A warp's values, segment after segment; a segment is a CTA's part of a strip. All lanes hold
-// the same, in uniform registers.
-//
 // Addresses count on past the end of the ring and fall back by its size when the stage at its
-// start is waited for: `Wait` then says true.
+// start is waited for: `Wait` then says true. All lanes hold the same.
 struct Stream {
-  const Args& a;
-  int warp, strip0, block0, count, segments;
-  uint32_t base, barriers;
-
-  // The producer: one segment ahead of the consumer at most.
-  const uint8_t* src = nullptr;
-  uint32_t left = 0;                      // vectors of 16 bytes of the open segment to issue
-  uint32_t first = 0, vectors = 0;        // of the open segment
-  uint32_t next_first = 0, next_end = 0;  // of the one after, as loaded
-  int opened = -1;                        // segments
-  uint32_t issued = 0;                    // stages
-  // The consumer.
-  int segment = 0;
+  uint32_t full, empty, origin;   // barriers; address of vector 0 of `values`
   uint32_t waited = 0;            // stages
-  uint32_t ready = 0, limit = 0;  // addresses: landed up to here, and the segment's end
-  uint32_t origin = 0;            // of vector 0 of `values`
+  uint32_t ready = 0, limit = 0;  // addresses: landed up to here, and the strip's end
 
-  __device__ int BandAt(int seg) const { return (strip0 + seg) * a.warps + warp; }
-
-  __device__ void Look(int seg) {
-    const int band = BandAt(seg);
-    next_first = next_end = 0;
-    if (seg >= segments || band >= a.bands) return;
-    const uint32_t* p = a.offsets + int64_t(band / a.shard_bands) * a.shard_offsets +
-                        int64_t(band % a.shard_bands) * a.blocks;
-    next_first = __ldg(p + (seg ? 0 : block0));
-    next_end = __ldg(p + min(a.blocks, block0 + count - seg * a.blocks));
-  }
-
-  __device__ void Open() {
-    ++opened;
-    const uint32_t capacity = static_cast<uint32_t>(min(a.capacity, int64_t(0xffffffffu)));
-    // The shuffles tell the compiler that all lanes agree.
-    first = __shfl_sync(~0u, min(next_first, capacity), 0);
-    const uint32_t end = __shfl_sync(~0u, min(next_end, capacity), 0);
-    left = vectors = end > first ? end - first : 0;
-    src = reinterpret_cast<const uint8_t*>(a.values) +
-          (int64_t(BandAt(opened) / a.shard_bands) * a.capacity + first) * 16;
-    Look(opened + 1);
-  }
-
-  // Issues stages until kAhead are under way: the one before them is being read.
-  template <int kAhead = kStages - 1>
-  __device__ __forceinline__ void Fill(int lane) {
-    while (issued - waited < kAhead) {
-      if (left == 0) {
-        if (opened > segment || opened + 1 >= segments) break;
-        Open();
-        continue;
-      }
-      const uint32_t n = min(left, kStageBytes / 16), slot = issued % kStages;
-      const uint32_t barrier = barriers + slot * 8, dst = base + slot * kStageBytes;
-#if __CUDA_ARCH__ >= 900
-      if (ptx::Elect()) {
-        ptx::BarrierExpect(barrier, n * 16 + (slot ? 0 : kRingTail));
-        ptx::BulkCopy(dst, src, n * 16, barrier);
-        if (slot == 0) ptx::BulkCopy(base + kRingBytes, src, kRingTail, barrier);
-      }
-#else
-      for (uint32_t v = lane; v < n; v += 32) ptx::CopyAsync16(dst + v * 16, src + v * 16);
-      if (slot == 0 && lane == 0) ptx::CopyAsync16(base + kRingBytes, src);
-      ptx::CopyAsyncArrive(barrier);
-#endif
-      src += kStageBytes;
-      left -= n;
-      ++issued;
-    }
-  }
-
-  // The consumer enters the open segment, at `limit`.
-  __device__ void Enter() {
-    origin = limit - first * 16;
-    limit += (vectors * 16 + kStageBytes - 1) / kStageBytes * kStageBytes;
+  // Enters the next strip, at `limit`.
+  // The address of its first value.
+  __device__ uint32_t Enter(Range r, uint32_t phase) {
+    const uint32_t start = limit + phase * 16, vectors = r.end - r.first;
+    origin = start - r.first * 16;
+    if (vectors)
+      limit += (phase + vectors + kValueStageVectors - 1) / kValueStageVectors * kValueStageBytes;
+    return vectors ? start : limit;
   }
 
   // Waits for the next stage. The one before the last is read no more.
   __device__ __forceinline__ bool Wait(int lane) {
     __syncwarp();
-    Fill(lane);
-    ptx::BarrierWait(barriers + waited % kStages * 8, waited / kStages & 1);
-    const bool wraps = waited % kStages == 0 && waited != 0;
-    if (wraps) ready -= kRingBytes, limit -= kRingBytes, origin -= kRingBytes;
-    ready += kStageBytes;
+    if (waited >= 2 && lane == 0) ptx::BarrierArrive(empty + (waited - 2) % kValueStages * 8);
+    ptx::BarrierWait(full + waited % kValueStages * 8, waited / kValueStages & 1);
+    const bool wraps = waited % kValueStages == 0 && waited != 0;
+    if (wraps) ready -= kValueRingBytes, limit -= kValueRingBytes, origin -= kValueRingBytes;
+    ready += kValueStageBytes;
     ++waited;
     return wraps;
   }
@@ -206,8 +350,8 @@ struct Stream {
 
 // ---- main loop ----
 
-template <bool kBf16, int kN8, int kChunkTiles = ChunkTiles(kN8)>
-__global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_constant__ Args a) {
+template <bool kBf16, int kN8, int kChunkTiles>
+__global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(128) uint8_t shared[];
   using X = XRing<kN8, kChunkTiles>;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = ptx::Keep(threadIdx.x & 31);
@@ -216,87 +360,34 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
   const int unit0 = __shfl_sync(~0u, FirstUnit(a, cta), 0);
   const int count = __shfl_sync(~0u, FirstUnit(a, cta + 1) - unit0, 0);
   const int strip0 = __shfl_sync(~0u, unit0 / a.blocks, 0), block0 = unit0 - strip0 * a.blocks;
-  ptx::LaunchDependents();
-
-  // ---- shared memory ----
-  const uint32_t x_barriers = ptx::SharedAddress(shared);
-  const uint32_t values = x_barriers + ControlBytes(a.warps) + warp * kWarpBytes;
-  const uint32_t mask_ring = values + kRingBytes + kRingTail;
-  const uint32_t x_ring = x_barriers + ControlBytes(a.warps) + a.warps * kWarpBytes;
-  const uint32_t barriers = x_barriers + (kMaxXStages + warp * kStages) * 8;
-  Stream stream = {a,      warp,    strip0, block0, count, (block0 + count - 1) / a.blocks + 1,
-                   values, barriers};
-  stream.ready = stream.limit = values;
-  stream.Look(0);  // nothing can be asked for before these offsets are here
-  if (threadIdx.x < a.x_stages) ptx::BarrierInit(x_barriers + threadIdx.x * 8, a.warps * 32);
-#if __CUDA_ARCH__ >= 900
-  if (lane < kStages) ptx::BarrierInit(barriers + lane * 8, 1);
-#else
-  if (lane < kStages) ptx::BarrierInit(barriers + lane * 8, 32);
-#endif
-  ptx::FenceBarrierInit();
-  __syncthreads();
-
-  // ---- load: masks, a block a group of copies ----
-  int load_block = block0, load_band = stream.BandAt(0), loaded = 0;
-  const uint32_t* mask_row = a.index + int64_t(load_band) * a.tiles * 32 + lane * 4;
-  const uint32_t mask_to = ptx::Keep(mask_ring + lane * 16);
-  auto load_masks = [&] {
-    if (loaded < count) {
-      const uint32_t to = mask_to + uint32_t(loaded) % kMaskBlocks * kMaskBlockBytes;
-      if (load_band < a.bands && load_block * kBlockTiles + (lane >> 3) < a.tiles)
-        ptx::CopyAsync16(to, mask_row + load_block * (kBlockTiles * 32));
-      else
-        ptx::ZeroShared128(to);
-      ++loaded;
-      if (++load_block == a.blocks) {
-        load_block = 0;
-        load_band += a.warps;
-        mask_row += int64_t(a.warps) * a.tiles * 32;
-      }
-    }
-    ptx::CopyAsyncCommit();
-  };
-
-  // ---- load: x, a warp a row ----
+  const uint32_t control = ptx::SharedAddress(shared);
+  const uint32_t x_ring = control + kControlBytes + a.warps * kWarpBytes;
   const int tokens = min(a.tokens - group * kN8 * 8, kN8 * 8);
-  const int x_rows = warp < tokens ? (tokens - warp + a.warps - 1) / a.warps : 0;
-  const uint16_t* const x_from =
-      ptx::Keep(a.x + (int64_t(group) * kN8 * 8 + warp) * a.x_stride + lane * 8);
-  const uint32_t x_to = ptx::Keep(x_ring + warp * X::kRow + lane * 16);
-  int load_slot = 0, load_col = block0 * kBlockCols;
-  auto load_x = [&] {
-    if (X::kVectors == 32 || lane < X::kVectors) {
-      uint32_t to = x_to + load_slot * X::kStageBytes;
-      const uint16_t* from = x_from + load_col;
-      const bool inside = load_col + lane * 8 < a.x_stride;
-#pragma unroll 1
-      for (int row = 0; row < x_rows; ++row) {
-        if (inside)
-          ptx::CopyAsync16(to, from);
-        else
-          ptx::ZeroShared128(to);
-        to += a.warps * X::kRow;
-        from += a.warps * a.x_stride;
-      }
-    }
-    ptx::CopyAsyncArrive(x_barriers + load_slot * 8);
-    if (++load_slot == a.x_stages) load_slot = 0;
-    load_col += X::kTiles * 64;
-    if (load_col == a.blocks * kBlockCols) load_col = 0;
-  };
+  ptx::LaunchDependents();
+  const int loader = warp - RoundUp(a.warps, 4);
+  if (loader >= 0) {
+    ptx::LowerRegisters<32>();
+    const Work work = {strip0, block0, count};
+    if (loader < 2)
+      LoadValues(a, control, work, loader * 8 + lane, lane >= 8 || loader * 8 + lane >= a.warps);
+    else if (loader == 2)
+      LoadMasks(a, control, work, lane);
+    else
+      LoadX<X>(a, control, x_ring, work, group * kN8 * 8, tokens, lane);
+    return;
+  }
+  ptx::RaiseRegisters<112>();
+  if (warp >= a.warps) return;
 
-  // What the first tile needs comes first: memory then takes microseconds for all that is asked.
-  load_masks();
-  stream.Open();
-  stream.Enter();
-  stream.Fill<1>(lane);
-  // Weights depend on nothing before this kernel; x may.
-  ptx::WaitForPrevious();
-  load_x();
-  load_masks(), load_masks();
-  stream.Fill(lane);
-  for (int ahead = 1; ahead < a.x_stages / 2; ++ahead) load_x();
+  const uint32_t values = control + kControlBytes + warp * kWarpBytes;
+  const uint32_t mask_ring = values + kValueRingBytes + kRingTail;
+  int band = strip0 * a.warps + warp;
+  Range range = LoadRange(a, band, block0, min(count, a.blocks - block0));
+  Stream stream = {control + kValueFull + warp * kValueStages * 8,
+                   control + kValueEmpty + warp * kValueStages * 8, 0};
+  stream.ready = stream.limit = values;
+  const uint32_t mask_full = control + kMaskFull + warp * kMaskStages * 8;
+  const uint32_t mask_empty = control + kMaskEmpty + warp * kMaskStages * 8;
 
   // The lane's 32 bytes of a token in a tile are its B fragments of the four steps. A first octet
   // that is not full reads its last token again; other octets read what lies there: a column of
@@ -307,7 +398,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
   const RunScan scan(lane);
 
   float acc[1][kN8][4] = {};
-  Starts runs, tile = {int(values), int(values), int(values), int(values)};  // the next tile
+  Starts runs, tile = {};  // the next tile
 
   // Waits for the values of the tile whose runs these are. `tile` is its end.
   auto await = [&] {
@@ -319,48 +410,69 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
       if (!stream.Wait(lane)) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (runs[i] >= int(values + kRingBytes)) runs[i] -= kRingBytes;
-        tile[i] -= kRingBytes;
+        if (runs[i] >= int(values + kValueRingBytes)) runs[i] -= kValueRingBytes;
+        tile[i] -= kValueRingBytes;
       }
     }
   };
-  ptx::CopyAsyncWait<2>();
-  __syncwarp();
-  Word mask(ptx::LoadShared32(mask_lane));
-  uint32_t next_mask = ptx::LoadShared32(mask_lane + 128);
+
+  const uint32_t* offset = nullptr;  // of the current block's end
+  auto enter = [&](int block) {
+    // The shuffles tell the compiler that all lanes agree.
+    range = Clamp(a, range);
+    const uint32_t phase = Phase(ValuesAt(a, band, range.first));
+    const uint32_t start =
+        stream.Enter({__shfl_sync(~0u, range.first, 0), __shfl_sync(~0u, range.end, 0)},
+                     __shfl_sync(~0u, phase, 0));
+    const int at = min(band, a.bands - 1);
+    offset = a.offsets + int64_t(at / a.shard_bands) * a.shard_offsets +
+             int64_t(at % a.shard_bands) * a.blocks + 1 + block;
+    return static_cast<int>(start);
+  };
+  auto look = [&](int left) {  // the next strip's range, a strip ahead
+    band += a.warps;
+    range = LoadRange(a, band, 0, min(left, a.blocks));
+  };
+  tile[0] = tile[1] = tile[2] = tile[3] = enter(block0);
+  look(count - min(count, a.blocks - block0));
+
+  __syncthreads();
+  int mask_slot = 0;  // of the next stage to wait for
+  uint32_t mask_parity = 0;
+  auto await_masks = [&] {
+    ptx::BarrierWait(mask_full + mask_slot * 8, mask_parity);
+    if (++mask_slot == kMaskStages) mask_slot = 0, mask_parity ^= 1;
+  };
+  await_masks();
+  uint32_t masks_here = 0, masks_next = mask_lane;  // of this block and of the next
+  Word mask(ptx::LoadShared32(masks_next));
+  uint32_t next_mask = ptx::LoadShared32(masks_next + 128);
   scan.Tile(mask, tile, runs, tile);
   await();
 
-  const uint32_t* offset = a.offsets;  // of the current block's end
-  auto seek = [&](int band) {
-    band = min(band, a.bands - 1);
-    offset = a.offsets + int64_t(band / a.shard_bands) * a.shard_offsets +
-             int64_t(band % a.shard_bands) * a.blocks + 1;
-  };
-  seek(stream.BandAt(0));
-  offset += block0;
-
   int strip = strip0, block = block0, begin = block0, ordinal = 0;
   int x_slot = 0;
-  uint32_t x_parity = 0;
+  uint32_t x_parity = 0, x_at = 0;
   for (int i = 0; i < count; ++i) {
     const bool strip_ends = block + 1 == a.blocks;
-    const int next_block = strip_ends ? 0 : block + 1;
     uint32_t block_end = 0;
-    load_masks();
-    ptx::CopyAsyncWait<2>();  // the next block's are there
-    __syncwarp();
-    const uint32_t masks_here = mask_lane + uint32_t(i) % kMaskBlocks * kMaskBlockBytes;
-    const uint32_t masks_next = mask_lane + uint32_t(i + 1) % kMaskBlocks * kMaskBlockBytes;
-    uint32_t x_at = 0;
+    masks_here = masks_next;
+    masks_next += kBlockMaskBytes;
+    if (masks_next == mask_lane + kMaskRingBytes) masks_next = mask_lane;
+    if (i % kMaskStageBlocks == 0) {
+      // What was read of the stage before this one is in registers.
+      const int last = mask_slot + 1 == kMaskStages ? 0 : mask_slot + 1;
+      __syncwarp();
+      if (i && lane == 0) ptx::BarrierArrive(mask_empty + last * 8);
+    } else if (i + 1 < count) {
+      await_masks();
+    }
 
 #pragma unroll
     for (int j = 0; j < kBlockTiles; ++j) {
       if (j % X::kTiles == 0) {
-        ptx::BarrierWait(x_barriers + x_slot * 8, x_parity);
+        ptx::BarrierWait(control + kXFull + x_slot * 8, x_parity);
         x_at = x_lane + x_slot * X::kStageBytes;
-        if (++x_slot == a.x_stages) x_slot = 0, x_parity ^= 1;
-        load_x();
       }
       constexpr int kAhead = kN8 == 2 ? 2 : 1;  // octets of x in registers
       uint4 x[kAhead][2];
@@ -401,11 +513,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
       if (j == kBlockTiles - 1) {
         if (strip_ends || i + 1 == count) {
           while (stream.ready != stream.limit) stream.Wait(lane);  // what offsets skip
-          tile[0] = stream.limit;
           if (i + 1 < count) {
-            if (stream.opened == stream.segment) stream.Open();
-            ++stream.segment;
-            stream.Enter();
+            tile[0] = enter(0);
+            look(count - i - 1 - min(count - i - 1, a.blocks));
           }
         } else {
           // Blocks start on 16 bytes, or where offsets say; unless they lie.
@@ -428,25 +538,30 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) BitmapKernel(const __grid_c
         if (n8 + kAhead < kN8) get_x(n8 + kAhead, b);
       }
       next_mask = after;
+      if (j % X::kTiles == X::kTiles - 1) {
+        __syncwarp();
+        if (lane == 0) ptx::BarrierArrive(control + kXEmpty + x_slot * 8);
+        if (++x_slot == a.x_stages) x_slot = 0, x_parity ^= 1;
+      }
       if (j < kBlockTiles - 1 || i + 1 < count) await();
     }
 
     if (strip_ends || i + 1 == count) {
+      ptx::WaitForPrevious();  // it has, or x were not here; what it wrote is seen from here on
       Flush(a, cta, group, strip, ordinal, begin, strip_ends, warp, lane, acc);
       ++ordinal;
       begin = 0;
-      if (i + 1 < count) seek(stream.BandAt(stream.segment));
     }
-    block = next_block;
+    block = strip_ends ? 0 : block + 1;
     strip += strip_ends;
   }
-  ptx::CopyAsyncWait<0>();
 }
 
 template <bool kBf16, typename F>
 cudaError_t ForEachKernel(F f) {
-  for (auto kernel : {BitmapKernel<kBf16, 1>, BitmapKernel<kBf16, 2>, BitmapKernel<kBf16, 4>,
-                      BitmapKernel<kBf16, 8>, BitmapKernel<kBf16, 8, 1>})
+  for (auto kernel :
+       {BitmapKernel<kBf16, 1, 4>, BitmapKernel<kBf16, 2, 4>, BitmapKernel<kBf16, 4, 2>,
+        BitmapKernel<kBf16, 8, 2>, BitmapKernel<kBf16, 8, 1>})
     if (cudaError_t e = f(kernel)) return e;
   return cudaSuccess;
 }
@@ -457,7 +572,7 @@ cudaError_t InitializeBitmap(bool* overlap) {
   int shared;
   if (cudaError_t e = MaxShared(&shared)) return e;
   cudaFuncAttributes attributes;
-  if (cudaError_t e = cudaFuncGetAttributes(&attributes, BitmapKernel<false, 1>)) return e;
+  if (cudaError_t e = cudaFuncGetAttributes(&attributes, BitmapKernel<false, 1, 4>)) return e;
   *overlap = attributes.ptxVersion >= 90;
   auto raise = [&](auto kernel) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
@@ -470,14 +585,14 @@ template <int kN8, int kChunkTiles = ChunkTiles(kN8)>
 cudaError_t LaunchBitmap(cudaStream_t stream, Args a, bool bf16, bool overlap, int shared) {
   a.x_stages = kMaxXStages;
   while (SharedBytes<kN8, kChunkTiles>(a.warps, a.x_stages) > size_t(shared))
-    if ((a.x_stages -= 2) < kMinXStages) {
+    if (--a.x_stages < kMinXStages) {
       if constexpr (kChunkTiles > 1 && kN8 == 8)
         return LaunchBitmap<kN8, 1>(stream, a, bf16, overlap, shared);
       return cudaErrorInvalidValue;
     }
   return Launch(stream,
                 bf16 ? BitmapKernel<true, kN8, kChunkTiles> : BitmapKernel<false, kN8, kChunkTiles>,
-                dim3(a.ctas, a.groups), a.warps * 32,
+                dim3(a.ctas, a.groups), (RoundUp(a.warps, 4) + kLoaders) * 32,
                 SharedBytes<kN8, kChunkTiles>(a.warps, a.x_stages), overlap, a);
 }
 

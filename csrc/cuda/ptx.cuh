@@ -84,6 +84,11 @@ __device__ __forceinline__ void CopyAsync16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
 
+// 16 zero bytes, likewise; nothing is read at src.
+__device__ __forceinline__ void CopyAsyncZero16(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, 0;" ::"r"(dst), "l"(src) : "memory");
+}
+
 __device__ __forceinline__ void CopyAsyncCommit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -100,9 +105,19 @@ __device__ __forceinline__ void CopyAsyncArrive(uint32_t barrier) {
 }
 
 #if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void BarrierExpectMore(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void BarrierExpect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
+}
+
+// Before bulk copies write where this thread has.
+__device__ __forceinline__ void FenceProxyAsync() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Bulk copy of a multiple of 16 bytes; its bytes count towards the barrier's phase.
@@ -112,6 +127,18 @@ __device__ __forceinline__ void BulkCopy(uint32_t dst, const void* src, uint32_t
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(dst),
       "l"(src), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// The same, of what nobody will read again: the first to leave the L2 cache.
+__device__ __forceinline__ void BulkCopyOnce(uint32_t dst, const void* src, uint32_t bytes,
+                                             uint32_t barrier) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 #endif
@@ -136,6 +163,18 @@ __device__ __forceinline__ bool BarrierTest(uint32_t barrier, uint32_t parity) {
   return done;
 }
 
+// The same, at once.
+__device__ __forceinline__ bool BarrierLook(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
+      " selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
 __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
   while (!BarrierTest(barrier, parity)) {
   }
@@ -145,6 +184,8 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
 __device__ __forceinline__ void NamedBarrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
+
+__device__ __forceinline__ void Sleep(uint32_t ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
 // ---- programmatic dependent launch: no-ops before Hopper ----
 

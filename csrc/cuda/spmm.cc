@@ -107,8 +107,7 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
     }
     // The main loop may start before its predecessor ends only if that is ours: it reads W first.
     const auto main_loop = p.format == Format::kBitmap ? BitmapSpmm : TiledCslSpmm;
-    if (cudaError_t e =
-            main_loop(stream, a, p.weight == Type::kBF16, overlap && NeedsPrepare(p)))
+    if (cudaError_t e = main_loop(stream, a, p.weight == Type::kBF16, overlap && NeedsPrepare(p)))
       return e;
     if (!a.slots) continue;
     const auto combine = a.keep_all ? CombineTerms : Combine;

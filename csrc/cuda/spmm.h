@@ -6,8 +6,8 @@
 //
 // Work is cut into strips (16 rows a warp of a bitmap, 64 a team of two of Tiled-CSL) and units (a
 // strip over 256 columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous units
-// [FirstUnit(c), FirstUnit(c + 1)): whole strips mostly, so that few sums have to be combined, and always
-// in order of K, so that the same input gives the same bits.
+// [FirstUnit(c), FirstUnit(c + 1)): whole strips mostly, so that few sums have to be combined, and
+// always in order of K, so that the same input gives the same bits.
 #pragma once
 #include <cuda_runtime.h>
 
