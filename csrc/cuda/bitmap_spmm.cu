@@ -377,7 +377,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
     return;
   }
   ptx::RaiseRegisters<112>();
-  if (warp >= a.warps) return;
+  if (warp >= a.warps) {
+    __syncthreads();  // with all others
+    return;
+  }
 
   const uint32_t values = control + kControlBytes + warp * kWarpBytes;
   const uint32_t mask_ring = values + kValueRingBytes + kRingTail;
