@@ -54,7 +54,7 @@ struct XRing {
   static constexpr uint32_t kRowBytes = kTiles * 128, kRow = kRowBytes + 16;
   static constexpr uint32_t kStageBytes = kN8 * 8 * kRow;
 };
-constexpr int kMinXStages = 2, kMaxXStages = 7;
+constexpr int kMinXStages = 2, kMaxXStages = 7;  // as many as there is room for
 
 // Shared memory: mbarriers, a warp's rings after another's, x.
 constexpr uint32_t kXFull = 0, kXEmpty = kXFull + kMaxXStages * 8;
@@ -69,7 +69,7 @@ constexpr size_t SharedBytes(int warps, int x_stages) {
   return kControlBytes + warps * kWarpBytes + x_stages * XRing<kN8, kChunkTiles>::kStageBytes;
 }
 
-constexpr uint32_t kPollNs = 64;
+constexpr uint32_t kPollNs = 64;  // between looks of a warp that loads and has nothing to do
 
 __host__ __device__ constexpr int RoundUp(int i, int to) { return (i + to - 1) / to * to; }
 
@@ -325,8 +325,7 @@ struct Stream {
   uint32_t waited = 0;            // stages
   uint32_t ready = 0, limit = 0;  // addresses: landed up to here, and the strip's end
 
-  // Enters the next strip, at `limit`.
-  // The address of its first value.
+  // Enters the next strip, at `limit`, and says where its first value lies.
   __device__ uint32_t Enter(Range r, uint32_t phase) {
     const uint32_t start = limit + phase * 16, vectors = r.end - r.first;
     origin = start - r.first * 16;
