@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jax_flashllm import __version__
-from jax_flashllm.models.commands import bench, eval, generate, info, prune
+from jax_flashllm.models.commands import bench, common, eval, generate, info, prune
 
 PROGRAM = "jax-flashllm"
 COMMANDS = {
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{args.command} --help"
             )
         debug = args.debug
-        args.run(args)
+        with common.interruptible():
+            args.run(args)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:

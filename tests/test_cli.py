@@ -536,6 +536,30 @@ def test_interrupted_it_ends_quietly_with_130(environment):
     assert (process.returncode, stderr) == (130, b"")
 
 
+@pytest.mark.filterwarnings("ignore:.*KeyboardInterrupt")
+def test_an_interrupt_that_python_drops_still_ends_it(inside, monkeypatch):
+    """As when it comes inside a garbage collector's callback, of which JAX has one."""
+
+    class Drops:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    ages = []
+
+    def process_age():
+        ages.append(len(ages))
+        if len(ages) == 5:
+            Drops()
+        return float(len(ages))
+
+    monkeypatch.setattr(cli.generate.common, "process_age", process_age)
+    before = signal.getsignal(signal.SIGINT)
+    code, _, _ = inside("generate", "--prompt", PROMPT, "--max-new-tokens", "100")
+    assert code == 130
+    assert len(ages) < 20
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_reader_that_leaves_is_no_error(environment):
     process = subprocess.Popen(
         [*COMMAND, "generate", "--prompt", PROMPT, "--max-new-tokens", "500"],

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +84,41 @@ def model_path(name: str) -> Path:
             "downloaded OPT checkpoint, or 'demo'"
         )
     return path
+
+
+_interrupted = False
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Remembers Ctrl-C, for `check_interrupt`.
+
+    Python drops an exception that comes inside a callback of its garbage collector. JAX has such
+    a callback, and one Ctrl-C in 500 during a generation fell into it.
+    """
+    global _interrupted
+    _interrupted = False
+
+    def note(number: int, frame: Any) -> None:
+        global _interrupted
+        _interrupted = True
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_interrupt() -> None:
+    """Raises KeyboardInterrupt where Ctrl-C came and was dropped."""
+    if _interrupted:
+        raise KeyboardInterrupt
 
 
 def read_text(path: str) -> str:

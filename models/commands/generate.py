@@ -186,6 +186,7 @@ class _Printer:
         self.plain = out.isatty()
 
     def add(self, token: int) -> None:
+        common.check_interrupt()
         self.times.append(common.process_age())
         if len(self.times) == 1:
             self.write(self.before)
