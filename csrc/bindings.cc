@@ -39,8 +39,9 @@ DenseView View(const Dense& w, int64_t shards) {
   return {w.data(), static_cast<int64_t>(w.shape(0)), static_cast<int64_t>(w.shape(1)), shards};
 }
 
-nb::tuple EncodeBitmap(Dense w, int64_t shards) {
-  const DenseView v = View(w, shards);
+template <typename AnyView>
+nb::tuple Bitmap(const AnyView& v) {
+  const int64_t shards = v.shards;
   const bitmap::Dims d(bitmap::CeilDiv(v.rows, shards), v.cols);
   auto masks = Allocate<uint32_t>({size_t(shards), size_t(d.bands), size_t(d.tiles), 32});
   auto offsets = Allocate<uint32_t>({size_t(shards), size_t(d.offsets())});
@@ -55,6 +56,32 @@ nb::tuple EncodeBitmap(Dense w, int64_t shards) {
     FillBitmap(v, masks.data(), offsets.data(), capacity, values.data());
   }
   return nb::make_tuple(masks, offsets, values);
+}
+
+nb::tuple EncodeBitmap(Dense w, int64_t shards) { return Bitmap(View(w, shards)); }
+
+nb::tuple BitmapOfPacked(
+    nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> bits,
+    nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> starts,
+    nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> values, int64_t cols) {
+  const int64_t rows = static_cast<int64_t>(bits.shape(0));
+  const int64_t bytes = static_cast<int64_t>(bits.shape(1));
+  if (rows < 1 || cols < 1 || bytes != bitmap::CeilDiv(cols, 8) ||
+      static_cast<int64_t>(starts.shape(0)) != rows)
+    throw std::invalid_argument("bitmap_of_packed: bits are [M, ceil(K / 8)], starts [M]");
+  // What is read is decided by the bits: they must ask for no more than there is.
+  int64_t next = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (starts.data()[r] != next)
+      throw std::invalid_argument("bitmap_of_packed: starts differ from the counts of the bits");
+    const uint8_t* row = bits.data() + r * bytes;
+    for (int64_t b = 0; b < bytes; ++b) next += __builtin_popcount(row[b]);
+    if (cols % 8 && row[bytes - 1] >> (cols % 8))
+      throw std::invalid_argument("bitmap_of_packed: a bit lies outside the matrix");
+  }
+  if (next != static_cast<int64_t>(values.shape(0)))
+    throw std::invalid_argument("bitmap_of_packed: as many values as bits are needed");
+  return Bitmap(PackedView{bits.data(), starts.data(), values.data(), rows, cols, 1});
 }
 
 nb::tuple EncodeTiledCsl(Dense w, int64_t shards) {
@@ -94,6 +121,8 @@ nb::dict CpuTargets() {
 
 NB_MODULE(_flashllm, m) {
   m.def("encode_bitmap", &EncodeBitmap, nb::arg("dense"), nb::arg("shards"));
+  m.def("bitmap_of_packed", &BitmapOfPacked, nb::arg("bits"), nb::arg("starts"), nb::arg("values"),
+        nb::arg("cols"));
   m.def("encode_tiled_csl", &EncodeTiledCsl, nb::arg("dense"), nb::arg("shards"));
   m.def("cpu_targets", &CpuTargets);
   m.def("cpu_kernels", &ActiveKernels);

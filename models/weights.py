@@ -7,6 +7,7 @@ missing, extra or of another shape is told before anything is read; `Loader` rea
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jax_flashllm.formats import SparseWeight, encode, encode_on_host
+from jax_flashllm.formats import (
+    SparseWeight,
+    bitmap_of_packed,
+    encode,
+    encode_on_host,
+    smaller_format,
+)
 from jax_flashllm.formats.layout import place
 from jax_flashllm.models import checkpoint, memory
 from jax_flashllm.models.config import OPTConfig
@@ -239,6 +246,13 @@ class _Names:
     def is_sparse(self, name: str) -> bool:
         return self.ckpt.is_sparse(self.stored[name])
 
+    def nnz(self, name: str) -> int:
+        """Stored values of a tensor for which `is_sparse` is true."""
+        return self.ckpt.nnz(self.stored[name]) or 0
+
+    def packed(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.ckpt.packed(self.stored[name])
+
     def read(self, name: str) -> np.ndarray:
         return self.ckpt.read(self.stored[name])
 
@@ -299,10 +313,12 @@ class Loader:
         self.on_read: Callable[[], Any] = lambda: None  # a tensor
 
     def linear(self, names: list[str], in_features: int, out_features: int, bias: bool):
-        kernel = self._read([f"{name}.weight" for name in names])
         rows, columns = self._split(names[0])
-        kernel = _swap_outer(kernel, len(names), self.parts)
         b = self._vector([f"{name}.bias" for name in names], rows) if bias else None
+        if (w := self._packed([f"{name}.weight" for name in names])) is not None:
+            return SparseDense.from_encoded(w, bias=b, dtype=self.compute)
+        kernel = self._read([f"{name}.weight" for name in names])
+        kernel = _swap_outer(kernel, len(names), self.parts)
         stored_sparse = all(self.names.is_sparse(f"{name}.weight") for name in names)
         # XLA's CPU backend widens all of a bfloat16 operand first, whatever part is used: ten times
         # slower than float16. The sparse kernel reads it as it is, so full matrices go there too.
@@ -378,6 +394,27 @@ class Loader:
 
     def _metadata(self, *spec: str | None) -> dict[str, Any]:
         return {} if self.layout is None else self.layout.metadata(*spec)
+
+    def _packed(self, names: list[str]) -> SparseWeight | None:
+        """The matrices of `names`, one below the other, from what is stored, never dense.
+
+        None where they are stored dense, in other dtypes, split over devices, or so sparse that
+        Tiled-CSL is smaller.
+        """
+        dtype = self.names.dtype(names[0])
+        plain = dtype.itemsize == 2 and self.cast in (None, dtype) and self.layout is None
+        if not plain or any(self.names.dtype(name) != dtype for name in names):
+            return None
+        if not all(map(self.names.is_sparse, names)):
+            return None
+        size = sum(math.prod(self.names.shape(name)) for name in names)
+        if smaller_format(sum(map(self.names.nnz, names)) / size) != "bitmap":
+            return None
+        parts = []
+        for name in names:
+            parts.append(self.names.packed(name))
+            self.on_read()
+        return jax.device_put(bitmap_of_packed(parts, self.names.shape(names[0])[1]))
 
     def _encoded(self, dense: np.ndarray, rows: str | None, columns: str | None) -> SparseWeight:
         if self.layout is None:

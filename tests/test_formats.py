@@ -14,6 +14,7 @@ from reference import FORMATS, HALVES, bits, sparse_matrix
 
 import jax_flashllm as jf
 from jax_flashllm import _flashllm
+from jax_flashllm.formats import bitmap_of_packed, encode_on_host
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -498,3 +499,48 @@ def test_padding_is_what_the_longest_block_costs():
 def test_pairs_of_shards_that_encode_refuses(shards):
     with pytest.raises(ValueError, match=r"up to K = 5"):
         jf.encode(np.ones((4, 5), np.float16), shards=shards)
+
+
+# ---- packed matrices ----
+
+
+def _packed(dense):
+    """Bits, starts and values of a matrix, as compressed-tensors' sparse-bitmask has them."""
+    kept = dense.view(np.uint16) != 0
+    bits = np.packbits(kept, axis=1, bitorder="little")
+    counts = kept.sum(axis=1)
+    return bits, np.cumsum(counts) - counts, dense[kept]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "shapes", [[(1, 1)], [(16, 64)], [(33, 300), (16, 300)], [(40, 1030), (7, 1030), (1, 1030)]]
+)
+def test_a_bitmap_of_packed_matrices_is_that_of_the_dense_one(shapes, dtype):
+    matrices = [sparse_matrix(shape, dtype, 0.6, seed=i) for i, shape in enumerate(shapes)]
+    matrices[0].view(np.uint16)[0, 0] = 0x8000  # stored by some, and a zero
+    parts = [_packed(m) for m in matrices]
+    w = bitmap_of_packed(parts, shapes[0][1])
+    w.validate()
+    matrices[0][0, 0] = 0
+    expected = encode_on_host(np.concatenate(matrices), "bitmap")
+    for buffer, other in zip(jax.tree.leaves(w), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(buffer).view(np.uint8), np.asarray(other).view(np.uint8)
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda b, s, v: (b, s + 1, v), "starts differ"),
+        (lambda b, s, v: (b, s[:-1], v), r"starts \[M\]"),
+        (lambda b, s, v: (b[:, :-1], s, v), r"ceil\(K / 8\)"),
+        (lambda b, s, v: (b, s, v[:-1]), "as many values as bits"),
+        (lambda b, s, v: (b | 0x80, s, v), "outside|starts differ"),
+    ],
+)
+def test_packed_matrices_that_contradict_themselves_are_refused(change, says):
+    parts = change(*_packed(sparse_matrix((5, 60), np.float16, 0.5)))
+    with pytest.raises(ValueError, match=says):
+        bitmap_of_packed([parts], 60)

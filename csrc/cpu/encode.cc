@@ -34,7 +34,10 @@ void ParallelChunks(int64_t n, F f) {
   for (auto& t : pool) t.join();
 }
 
-int64_t ShardRows(const DenseView& w) { return bitmap::CeilDiv(w.rows, w.shards); }
+template <typename View>
+int64_t ShardRows(const View& w) {
+  return bitmap::CeilDiv(w.rows, w.shards);
+}
 
 // Copies rows x cols of W from (row0, col0) into out[rows][cols], zero outside the matrix
 // or outside the shard's rows.
@@ -46,6 +49,33 @@ void LoadPatch(const DenseView& w, int64_t row0, int64_t row_end, int64_t col0, 
     const int64_t n = row < row_end ? width : 0;
     if (n) std::memcpy(out, w.data + row * w.cols + col0, n * sizeof(uint16_t));
     if (n < cols) std::memset(out + n, 0, (cols - n) * sizeof(uint16_t));
+  }
+}
+
+// `count` bytes at p, 8 at most, as a number.
+uint64_t Bytes(const uint8_t* p, int64_t count) {
+  uint64_t v = 0;
+  std::memcpy(&v, p, std::min<int64_t>(count, 8));
+  return v;
+}
+
+void LoadPatch(const PackedView& w, int64_t row0, int64_t row_end, int64_t col0, int rows, int cols,
+               uint16_t* out) {
+  const int64_t width = std::clamp<int64_t>(w.cols - col0, 0, cols);
+  const int64_t row_bytes = bitmap::CeilDiv(w.cols, 8), before = col0 / 8;
+  std::memset(out, 0, int64_t(rows) * cols * sizeof(uint16_t));
+  if (!width) return;
+  for (int64_t row = row0; row < std::min(row_end, row0 + rows); ++row, out += cols) {
+    const uint8_t* bits = w.bits + row * row_bytes;
+    const uint16_t* value = w.values + w.starts[row];
+    for (int64_t b = 0; b < before; b += 8)
+      value += __builtin_popcountll(Bytes(bits + b, before - b));
+    const int64_t bytes = bitmap::CeilDiv(width, 8);
+    for (int64_t b = 0; b < bytes; b += 8)
+      for (uint64_t left = Bytes(bits + before + b, bytes - b); left; left &= left - 1) {
+        const uint16_t v = *value++;
+        out[8 * b + __builtin_ctzll(left)] = v == 0x8000 ? 0 : v;
+      }
   }
 }
 
@@ -79,7 +109,8 @@ struct Block {
   int64_t shard, band, block, row0, row_end, col0;
 };
 
-Block BitmapBlock(const DenseView& w, const bitmap::Dims& d, int64_t index) {
+template <typename View>
+Block BitmapBlock(const View& w, const bitmap::Dims& d, int64_t index) {
   Block b;
   b.block = index % d.blocks;
   b.band = index / d.blocks % d.bands;
@@ -92,7 +123,8 @@ Block BitmapBlock(const DenseView& w, const bitmap::Dims& d, int64_t index) {
 
 }  // namespace
 
-int64_t CountBitmap(const DenseView& w, uint32_t* masks, uint32_t* offsets) {
+template <typename View>
+int64_t CountBitmap(const View& w, uint32_t* masks, uint32_t* offsets) {
   using namespace bitmap;
   const Dims d(ShardRows(w), w.cols);
   ParallelChunks(w.shards * d.bands * d.blocks, [&](int64_t begin, int64_t end) {
@@ -127,8 +159,9 @@ int64_t CountBitmap(const DenseView& w, uint32_t* masks, uint32_t* offsets) {
   return capacity;
 }
 
-void FillBitmap(const DenseView& w, const uint32_t* masks, const uint32_t* offsets,
-                int64_t capacity, uint16_t* values) {
+template <typename View>
+void FillBitmap(const View& w, const uint32_t* masks, const uint32_t* offsets, int64_t capacity,
+                uint16_t* values) {
   using namespace bitmap;
   const Dims d(ShardRows(w), w.cols);
   const int64_t shard_blocks = d.bands * d.blocks;
@@ -168,6 +201,11 @@ void FillBitmap(const DenseView& w, const uint32_t* masks, const uint32_t* offse
     std::memset(values + s * capacity + used, 0, (capacity - used) * sizeof(uint16_t));
   }
 }
+
+template int64_t CountBitmap(const DenseView&, uint32_t*, uint32_t*);
+template int64_t CountBitmap(const PackedView&, uint32_t*, uint32_t*);
+template void FillBitmap(const DenseView&, const uint32_t*, const uint32_t*, int64_t, uint16_t*);
+template void FillBitmap(const PackedView&, const uint32_t*, const uint32_t*, int64_t, uint16_t*);
 
 namespace {
 

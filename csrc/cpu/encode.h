@@ -12,11 +12,23 @@ struct DenseView {
   int64_t shards;        // row blocks of ceil(M / shards)
 };
 
+// The same matrix without its zeros, as compressed-tensors' sparse-bitmask holds it: a bit a
+// weight, lowest first, rows in whole bytes, and the values of the set bits row by row. A value of
+// -0.0 is a zero here.
+struct PackedView {
+  const uint8_t* bits;
+  const int64_t* starts;  // of a row in `values`; the caller has checked them and the bits
+  const uint16_t* values;
+  int64_t rows, cols, shards;
+};
+
 // Both run in two calls: the first sizes `values` (the largest shard, in elements), so
 // that the caller allocates; the second fills. Buffers are [shards, ...], row-major.
-int64_t CountBitmap(const DenseView& w, uint32_t* masks, uint32_t* offsets);
-void FillBitmap(const DenseView& w, const uint32_t* masks, const uint32_t* offsets,
-                int64_t capacity, uint16_t* values);
+template <typename View>
+int64_t CountBitmap(const View& w, uint32_t* masks, uint32_t* offsets);
+template <typename View>
+void FillBitmap(const View& w, const uint32_t* masks, const uint32_t* offsets, int64_t capacity,
+                uint16_t* values);
 
 // A block gets the number of chunks that takes the fewest bytes, of equals the most. So
 // V vectors of 8 nonzeros take 32 V bytes at most, as in a tail alone.

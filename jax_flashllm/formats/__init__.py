@@ -111,6 +111,24 @@ def encode_on_host(
     return join(blocks, (m, k), (rows, columns))
 
 
+def bitmap_of_packed(
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], columns: int
+) -> Bitmap:
+    """The bitmap of packed matrices one below the other, NumPy buffers; none is ever dense.
+
+    parts: of each matrix its bits, uint8 [M, ceil(K / 8)], lowest first, where each row starts in
+    the values, int64 [M], and the values of the set bits, row by row, 16-bit.
+    Values of -0.0 are zeros. Raises ValueError where bits, starts and values disagree.
+    """
+    bits = np.concatenate([bits for bits, _, _ in parts])
+    values = np.concatenate([values for _, _, values in parts])
+    before = np.cumsum([0, *(len(values) for _, _, values in parts)])
+    starts = np.concatenate([starts + n for (_, starts, _), n in zip(parts, before, strict=False)])
+    masks, offsets, stored = _flashllm.bitmap_of_packed(bits, starts, words(values), columns)
+    shape = len(bits), columns
+    return Bitmap(offsets, stored.view(values.dtype), shape, masks, grid=(1, 1))
+
+
 def join(blocks: list[SparseWeight], shape: tuple[int, int], grid: tuple[int, int]) -> Any:
     """The weight of blocks in the order of their shards, NumPy buffers."""
     values = max(w.values.shape[-1] for w in blocks)

@@ -65,8 +65,8 @@ class Bitmask:
     def stored_bytes(self) -> int:
         return packed_bytes(self.shape, self.nnz, self.dtype.itemsize)
 
-    def read(self) -> np.ndarray:
-        """Returns dense [rows, cols] after checking bits, counts and offsets together."""
+    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bits [rows, ceil(cols / 8)], row offsets and values, checked against each other."""
         file, field = self.bitmask.file, self.bitmask.field
         rows, cols = self.shape
         mask, offsets = self.bitmask.read(), self.row_offsets.read()
@@ -85,10 +85,17 @@ class Bitmask:
                 self.row_offsets.field,
                 "differ from the bit counts of `bitmask`; fetch the file again",
             )
+        return mask, ends - counts, self.compressed.read()
+
+    def read(self) -> np.ndarray:
+        """Returns dense [rows, cols]."""
+        mask, starts, values = self.parts()
+        file, field = self.bitmask.file, self.bitmask.field
+        rows, cols = self.shape
         # Copy values as integers (NaN payloads stay), some rows at a time (the unpacked bits
         # take a byte each).
         word = np.dtype(f"u{self.dtype.itemsize}")
-        values = self.compressed.read().view(word)
+        values, bounds = values.view(word), [*starts, len(values)]
         try:
             out = np.zeros(self.shape, word)
         except MemoryError as e:
@@ -97,7 +104,7 @@ class Bitmask:
         for a in range(0, rows, step):
             b = min(a + step, rows)
             kept = np.unpackbits(mask[a:b], axis=1, count=cols, bitorder="little").view(np.bool_)
-            out[a:b][kept] = values[ends[a] - counts[a] : ends[b - 1]]
+            out[a:b][kept] = values[bounds[a] : bounds[b]]
         return out.view(self.dtype)
 
 

@@ -58,6 +58,12 @@ class Checkpoint:
         tensor = self._find(name)
         return tensor.nnz if isinstance(tensor, bitmask.Bitmask) else None
 
+    def packed(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bits, row starts and values of a weight for which `is_sparse` is true, checked."""
+        tensor = self._find(name)
+        assert isinstance(tensor, bitmask.Bitmask)
+        return tensor.parts()
+
     def stored_bytes(self, name: str) -> int:
         """Bytes that one tensor takes in the files."""
         return self._find(name).stored_bytes
