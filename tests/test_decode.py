@@ -298,6 +298,15 @@ def test_bench_decode(command, tmp_path):
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_bench_decode_of_sampled_tokens(command, tmp_path):
+    csv = tmp_path / "out.csv"
+    args = ("bench", "decode", "--config", "opt-tiny", "--context", 12, "--prompt", 8, "--sample")
+    code, _, error = command(*args, "--cache-dtype", "float8_e4m3fn", "--csv", csv)
+    assert code == 0, error
+    (row,) = bench_decode._read(csv)
+    assert (row["choice"], row["cache_dtype"]) == ("sampled", "float8_e4m3fn")
+
+
 def test_bench_decode_that_does_not_fit_says_so(command, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda: 100)
     code, _, error = command("bench", "decode", "--config", "opt-tiny")

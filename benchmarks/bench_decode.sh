@@ -1,0 +1,15 @@
+#!/bin/sh
+# The table of docs/performance.md on the GPU at hand: what does not fit is refused and left out.
+#
+#   sh benchmarks/bench_decode.sh out.csv [out.png]
+set -u
+csv=$1
+plot=${2:+--plot $2}
+decode() { jax-flashllm bench decode --csv "$csv" $plot "$@"; }
+decode --config opt-13b --sparsity 0.6 --batch 1 8 --dense
+decode --config opt-30b --sparsity 0.6 --batch 1 8 --dense
+decode --config opt-30b --sparsity 0.7 --batch 1 8 32 64
+decode --config opt-66b --sparsity 0.7 --batch 1 8
+decode --config opt-66b --sparsity 0.8 --batch 1 8 64 --dense
+decode --config opt-175b --sparsity 0.8 --batch 1 8
+python "$(dirname "$0")/bench_transformers.py" --config opt-13b --batch 1 8 --csv "${csv%.csv}_transformers.csv"
