@@ -81,7 +81,9 @@ nb::tuple BitmapOfPacked(
   }
   if (next != static_cast<int64_t>(values.shape(0)))
     throw std::invalid_argument("bitmap_of_packed: as many values as bits are needed");
-  return Bitmap(PackedView{bits.data(), starts.data(), values.data(), rows, cols, 1});
+  bool plain = true;
+  for (int64_t i = 0; i < next; ++i) plain &= values.data()[i] != 0x8000;
+  return Bitmap(PackedView{bits.data(), starts.data(), values.data(), rows, cols, 1, plain});
 }
 
 nb::tuple EncodeTiledCsl(Dense w, int64_t shards) {

@@ -20,6 +20,7 @@ struct PackedView {
   const int64_t* starts;  // of a row in `values`; the caller has checked them and the bits
   const uint16_t* values;
   int64_t rows, cols, shards;
+  bool plain;  // no value is -0.0: the bits are the masks
 };
 
 // Both run in two calls: the first sizes `values` (the largest shard, in elements), so
