@@ -125,8 +125,10 @@ def bitmap_of_packed(
     before = np.cumsum([0, *(len(values) for _, _, values in parts)])
     starts = np.concatenate([starts + n for (_, starts, _), n in zip(parts, before, strict=False)])
     masks, offsets, stored = _flashllm.bitmap_of_packed(bits, starts, words(values), columns)
-    shape = len(bits), columns
-    return Bitmap(offsets, stored.view(values.dtype), shape, masks, grid=(1, 1))
+    buffers: dict[str, Any] = {
+        "masks": masks, "offsets": offsets, "values": stored.view(values.dtype)
+    }  # fmt: skip
+    return Bitmap(shape=(len(bits), columns), grid=(1, 1), **buffers)
 
 
 def join(blocks: list[SparseWeight], shape: tuple[int, int], grid: tuple[int, int]) -> Any:
