@@ -532,6 +532,7 @@ def plot(path: str, rows: list[dict[str, str]]) -> None:
     figure, axes = plt.subplots(figsize=(8, 1 + 0.3 * len(labels)), layout="constrained")
     bars = axes.barh(range(len(labels)), values, color=colors)
     axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=3)
+    axes.margins(x=0.1)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
