@@ -9,7 +9,7 @@ import sys
 import pytest
 from tiny_opt import quick_compiles  # noqa: F401
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "stress"))
+sys.path.append(str(pathlib.Path(__file__).parent / "stress"))
 import determinism
 import faults
 import load

@@ -94,7 +94,7 @@ def interruptible() -> Iterator[None]:
     """Remembers Ctrl-C, for `check_interrupt`.
 
     Python drops an exception that comes inside a callback of its garbage collector. JAX has such
-    a callback, and one Ctrl-C in 500 during a generation fell into it.
+    a callback, and one Ctrl-C in 400 during a generation fell into it.
     """
     global _interrupted
     _interrupted = False
