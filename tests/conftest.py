@@ -1,6 +1,7 @@
 """Fixtures that several files share."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -8,6 +9,10 @@ import jax
 import pytest
 
 from jax_flashllm import _flashllm
+
+# Jobs that a shell starts in the background ignore Ctrl-C, and so would what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", None, "")
 

@@ -167,6 +167,12 @@ def fill_a_disk(directory, size: int = 1 << 20) -> str:
         subprocess.run(["umount", disk], check=True)
 
 
+def hear_interrupts() -> None:
+    """Jobs that a shell starts in the background ignore Ctrl-C, and so do their children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupt_generations(count: int, directory, seed=0) -> int:
     """The generation after one that Ctrl-C ended is as the first. Returns how many were lost.
 
@@ -178,6 +184,7 @@ def interrupt_generations(count: int, directory, seed=0) -> int:
 
     from jax_flashllm.models.generate import generate
 
+    hear_interrupts()
     rng, model = random.Random(seed), load.tiny_model(directory)
     prompt = [5, 6, 7]
 
@@ -210,6 +217,7 @@ def interrupt_on_a_terminal(count: int) -> None:
     import pty
     import termios
 
+    hear_interrupts()
     rng = random.Random(0)
     for _ in range(count):
         master, slave = pty.openpty()
