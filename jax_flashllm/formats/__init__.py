@@ -120,10 +120,11 @@ def bitmap_of_packed(
     the values, int64 [M], and the values of the set bits, row by row, 16-bit.
     Values of -0.0 are zeros. Raises ValueError where bits, starts and values disagree.
     """
-    bits = np.concatenate([bits for bits, _, _ in parts])
-    values = np.concatenate([values for _, _, values in parts])
-    before = np.cumsum([0, *(len(values) for _, _, values in parts)])
-    starts = np.concatenate([starts + n for (_, starts, _), n in zip(parts, before, strict=False)])
+    bits, starts, values = parts[0]
+    if len(parts) > 1:
+        before = np.cumsum([0, *(len(values) for _, _, values in parts[:-1])])
+        bits, values = (np.concatenate([part[i] for part in parts]) for i in (0, 2))
+        starts = np.concatenate([part[1] + n for part, n in zip(parts, before, strict=True)])
     masks, offsets, stored = _flashllm.bitmap_of_packed(bits, starts, words(values), columns)
     buffers: dict[str, Any] = {
         "masks": masks, "offsets": offsets, "values": stored.view(values.dtype)

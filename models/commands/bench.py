@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     path = common.model_path(args.model)
+    common.use_all_memory()
     common.cache_compilations()
     import jax
     import jax.numpy as jnp

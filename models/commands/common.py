@@ -159,7 +159,7 @@ def cache_compilations() -> None:
 
 
 def use_all_memory() -> None:
-    """Lets JAX take most of a GPU's memory, not three quarters; before JAX is imported."""
+    """Lets JAX take most of a GPU's memory, not three quarters; before it looks for devices."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(USABLE))
 
 

@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--distributed needs --prompt or --prompt-file, the same on every host")
     prompt = _prompt(args)
 
+    common.use_all_memory()
     common.cache_compilations()
     with distributed.joined(args) as out:
         _continue(args, path, prompt, out)
