@@ -315,6 +315,24 @@ def test_bench_decode_that_does_not_fit_says_so(command, monkeypatch):
     assert "smaller --batch" in error
 
 
+def test_generate_with_another_cache(command, monkeypatch):
+    seen = []
+    monkeypatch.setattr(KVCache, "create", _noting(KVCache.create, seen))
+    args = ("generate", "--prompt", "Alice", "--max-new-tokens", 3, "--cache-dtype")
+    code, text, error = command(*args, "float8_e4m3fn")
+    assert code == 0, error
+    assert text.startswith("Alice")
+    assert {jnp.dtype(dtype) for dtype in seen} == {jnp.dtype(jnp.float8_e4m3fn)}
+
+
+def _noting(create, seen):
+    def noted(config, batch, slots, dtype):
+        seen.append(dtype)
+        return create(config, batch, slots, dtype)
+
+    return noted
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the draws: the same command gives the same text (default: %(default)s)",
     )
     parser.add_argument(
+        "--cache-dtype",
+        choices=(*common.DTYPES, "float8_e4m3fn"),
+        help="of keys and values (default: the activations')",
+    )
+    parser.add_argument(
         "--stop",
         action="append",
         default=[],
@@ -138,6 +143,7 @@ def _continue(args: argparse.Namespace, path: Path, prompt: str, out: TextIO) ->
             top_p=args.top_p,
             min_p=args.min_p,
             seed=args.seed,
+            cache_dtype=args.cache_dtype,
             on_token=lambda tokens: printer.add(int(tokens[0])),
         )
     printer.finish()
