@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 _DEFAULT_CORES = 132  # H100: for lowering where there is no GPU
 _WARP_ROWS = {"bitmap": 16, "tiled_csl": 64}
 _UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 MAX_GROUP = 64
+# From so many tokens in W's dtype on, eight passes over W, decoding it once is sure to cost less.
+DENSE_TOKENS = 512
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
 
@@ -184,6 +187,8 @@ def spmm(call, *args, format, shape, activation):
     rows = -(-shape[0] // shards)
     tokens = math.prod(x.shape[:-1])
     n_terms = terms(values.dtype, x.dtype)
+    if n_terms == 1 and tokens >= DENSE_TOKENS:
+        return _decoded(call, *args, format=format, shape=shape, activation=activation)
     dev = device()
     cut = _cut(format, rows, shards, shape[1], dev)
     plan = choose(format, rows, shards, shape[1], tokens, n_terms, dev, cut)
@@ -194,3 +199,18 @@ def spmm(call, *args, format, shape, activation):
     code = ACTIVATIONS[activation][0]
     attributes = {"m": shape[0], "k": shape[1], "activation": code, **plan.attributes()}
     return call("spmm", format, out, *args, **attributes)[0]
+
+
+def _decoded(call, *args, format, shape, activation):
+    """The product with many tokens: W is decoded to a temporary, and multiplied by cuBLAS."""
+    from jax_flashllm.kernel import ACTIVATIONS
+
+    *w, x, bias = args
+    shards = w[-1].shape[0]
+    out = jax.ShapeDtypeStruct((shards * _ceil(shape[0], shards), shape[1]), w[-1].dtype)
+    dense = call("decode", format, out, *w, m=shape[0], k=shape[1])
+    features = ((x.ndim - 1,), (1,)), ((), ())
+    y = lax.dot_general(x, dense, features, preferred_element_type=jnp.float32)
+    if bias.size:
+        y = y + bias.astype(jnp.float32)
+    return ACTIVATIONS[activation][1](y).astype(x.dtype)

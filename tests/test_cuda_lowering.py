@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from reference import assert_product, sparse_matrix
 
 import jax_flashllm
-from jax_flashllm import _flashllm, plan
+from jax_flashllm import _flashllm, kernel, plan
 from jax_flashllm.formats import encode_on_host, on_gpu
 from jax_flashllm.models import attention
 from jax_flashllm.spmm import decode
@@ -35,6 +36,46 @@ def test_lowering_holds_target_and_plan(format):
     for attribute in ("activation = 2", "m = 100", "k = 130", "ctas", "warps", "group", "chunk"):
         assert attribute in text
     assert f"@flashllm_decode_{format}_v1" in _lowered(decode, w)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+def test_many_tokens_meet_a_decoded_weight(format):
+    w = jax_flashllm.encode(np.eye(100, 130, dtype=np.float16), format=format)
+    many = plan.DENSE_TOKENS
+    for n, dtype, decoded in [
+        (many - 1, jnp.float16, False),
+        (many, jnp.float16, True),
+        (many, jnp.bfloat16, False),  # in terms
+        (many, jnp.float32, False),
+    ]:
+        text = _lowered(jax_flashllm.spmm, w, jnp.ones((n, 130), dtype))
+        assert (f"@flashllm_spmm_{format}_v1" in text) == (not decoded)
+        assert (f"@flashllm_decode_{format}_v1" in text and "dot_general" in text) == decoded
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+def test_a_decoded_weight_multiplies_alike(format, shards, with_bias, activation):
+    """What a GPU runs for many tokens, run on a CPU, which has decode by the same name."""
+    dense = sparse_matrix((100, 130), np.float16, 0.3)
+    w = jax_flashllm.encode(dense, format, shards)
+    many, rows = plan.DENSE_TOKENS, 3 * 34 if shards == 3 else 100
+    x = np.random.default_rng(1).standard_normal((2, many // 2, 130)).astype(np.float16)
+    bias = np.linspace(-2, 2, 100, dtype=np.float16) if with_bias else None
+    padded = np.zeros(0) if bias is None else np.pad(bias, (0, rows - 100))
+
+    @jax.jit
+    def product(w, x, bias):
+        args = dict(format=format, shape=w.shape, activation=activation)
+        return kernel._spmm_cuda(*w.buffers, w.values, x, bias, **args)
+
+    y = np.asarray(product(w, x, padded.astype(np.float16)))
+    assert y.shape == (2, many // 2, rows)
+    assert y.dtype == np.float16
+    assert_product(y[..., :100].reshape(-1, 100), x.reshape(-1, 130), dense, bias, activation)
 
 
 @needs_cuda_build

@@ -356,10 +356,10 @@ def test_info_says_whether_it_fits(command):
     args = "info --config opt-175b --sparsity 0.8 --batch 8 --context 576 --prompt 64 --gpu"
     code, text, _ = command(*args.split(), "h200")
     assert code == 0
-    assert "115.0 GB (weights 93.1 GB, cache 21.7 GB" in text
-    assert "h200: 143.2 GB can be used: fits, 28.3 GB stay free" in text
+    assert "116.3 GB (weights 93.1 GB, cache 21.7 GB" in text
+    assert "h200: 143.2 GB can be used: fits, 26.9 GB stay free" in text
     _, text, _ = command(*args.split(), "80")
-    assert "GPU of 80: 76.0 GB can be used: 39.0 GB too much" in text
+    assert "GPU of 80: 76.0 GB can be used: 40.3 GB too much" in text
 
 
 def test_info_of_a_model_counts_what_loading_takes(command, tmp_path, model):
