@@ -1,7 +1,8 @@
 // Encoders and CPU handlers under AddressSanitizer and UBSan, on random and on broken buffers.
 // fuzz_kernels.py compiles and runs it:
 //
-//   encode    a random matrix of random shape, bits and shards, decoded again: every bit is back
+//   encode    a random matrix of random shape, bits and shards, decoded again: every bit is back;
+//             so packed as checkpoints are, but for -0.0, which packed is a zero
 //   products  with every instruction set, dtype of x, bias and activation
 //   garbage   offsets, masks, codes and positions changed at random: an error or any numbers
 //   sizes     a buffer's shape or dtype, M or K other than the rest say: an error or any numbers
@@ -217,6 +218,40 @@ Weight Encode(const Buffer& dense, int64_t shards, bool as_bitmap) {
   return w;
 }
 
+// From bits and values row by row, as csrc/bindings.cc calls it.
+Weight EncodePacked(Rng& rng, const Buffer& dense) {
+  const int64_t m = dense.dims[0], k = dense.dims[1], row_bytes = bitmap::CeilDiv(k, 8);
+  Weight w = {true, m, k, 1, {}, {}, {}};
+  const Buffer bits = Make(XLA_FFI_DataType_U8, {m, row_bytes});
+  const Buffer starts = Make(XLA_FFI_DataType_F32, {m, 2});  // int64
+  std::memset(bits.data.get(), 0, bits.bytes);
+  std::vector<uint16_t> stored;
+  bool plain = true;
+  const bool zeros = rng() % 4 == 0;  // at times zeros have a bit too
+  for (int64_t r = 0; r < m; ++r) {
+    starts.As<int64_t>()[r] = static_cast<int64_t>(stored.size());
+    for (int64_t c = 0; c < k; ++c) {
+      const uint16_t v = dense.As<uint16_t>()[r * k + c];
+      if (!v && !(zeros && rng() % 8 == 0)) continue;
+      bits.As<uint8_t>()[r * row_bytes + c / 8] |= 1 << (c % 8);
+      stored.push_back(v);
+      plain &= v != 0x8000;
+    }
+  }
+  const Buffer values = Make(dense.dtype, {static_cast<int64_t>(stored.size())});
+  if (values.bytes) std::memcpy(values.data.get(), stored.data(), values.bytes);
+  const PackedView view = {
+      bits.As<uint8_t>(), starts.As<int64_t>(), values.As<uint16_t>(), m, k, 1, plain};
+  const bitmap::Dims d(m, k);
+  w.index = Make(XLA_FFI_DataType_U32, {1, d.bands, d.tiles, 32});
+  w.offsets = Make(XLA_FFI_DataType_U32, {1, d.offsets()});
+  const int64_t capacity = CountBitmap(view, w.index.As<uint32_t>(), w.offsets.As<uint32_t>());
+  w.values = Make(dense.dtype, {1, capacity});
+  FillBitmap(view, w.index.As<uint32_t>(), w.offsets.As<uint32_t>(), capacity,
+             w.values.As<uint16_t>());
+  return w;
+}
+
 bool Decode(const Weight& w, const Buffer& out) {
   return Call(w.bitmap ? kDecodeBitmapCpu : kDecodeTiledCslCpu, {w.index, w.offsets, w.values}, out,
               {{"k", w.k}, {"m", w.m}});
@@ -385,6 +420,14 @@ void Round(uint64_t seed) {
   const Buffer decoded = Make(dtype, {w.rows(), k});
   Expect(Decode(w, decoded), "decode refuses what encode wrote", seed);
   Expect(!std::memcmp(decoded.data.get(), dense.data.get(), dense.bytes), "a bit is lost", seed);
+  const Buffer unpacked = Make(dtype, {m, k});
+  Expect(Decode(EncodePacked(rng, dense), unpacked), "decode refuses what was packed", seed);
+  bool same = true;
+  for (int64_t i = 0; i < m * k; ++i) {
+    const uint16_t v = dense.As<uint16_t>()[i];
+    same &= unpacked.As<uint16_t>()[i] == (v == 0x8000 ? 0 : v);
+  }
+  Expect(same, "a packed bit is lost", seed);
   const Buffer sampled = Make(dtype, w.values.dims);
   Expect(Sample(w, decoded, sampled), "sample refuses what encode wrote", seed);
   Expect(!std::memcmp(sampled.data.get(), w.values.data.get(), sampled.bytes),
