@@ -1,5 +1,6 @@
 """The OPT model: recorded answers of transformers, the cache, loading."""
 
+import contextlib
 import io
 import json
 import time
@@ -16,6 +17,7 @@ from tiny_opt import quick_compiles  # noqa: F401
 from jax_flashllm import nn
 from jax_flashllm.models import opt, weights
 from jax_flashllm.models.cache import KVCache
+from jax_flashllm.models.checkpoint import CheckpointError, save_packed
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.weights import tensors
 
@@ -390,3 +392,22 @@ def test_a_sharded_dense_directory_with_an_index_loads(tmp_path):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     ids, mask = tiny_opt.prompts()
     np.testing.assert_array_equal(logits(opt.load(path), ids, mask), logits(whole, ids, mask))
+
+
+def test_a_damaged_packed_model_is_refused_or_loads(tmp_path):
+    """Bits, row starts and values, which go from the file straight to the C++ encoder."""
+    config = tiny_opt.config("plain", num_hidden_layers=1)
+    tensors = tiny_opt.weights(config, np.float16, sparsity=0.7)
+    save_packed(tmp_path / "m", config, tensors.items())
+    file = tmp_path / "m" / "model.safetensors"
+    data, rng, loaded = file.read_bytes(), np.random.default_rng(0), 0
+    header = 8 + int.from_bytes(data[:8], "little")
+    for _ in range(25):
+        damaged = bytearray(data)
+        at = int(rng.integers(header, len(data) - 8))
+        damaged[at : at + 8] = rng.bytes(8)
+        file.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            opt.load(tmp_path / "m")
+            loaded += 1
+    assert 0 < loaded < 25
