@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import io
 import os
@@ -46,7 +47,8 @@ def joined(args: argparse.Namespace) -> Iterator[TextIO]:
     """Joins the other processes for the time of a block; where this one writes its text.
 
     Raises ValueError where they cannot be joined, and where one of them has died. One that is
-    silent, rather than gone, is found by JAX's heartbeat, which ends the process and names it.
+    silent, rather than gone, is found by JAX's heartbeat, which ends the process and names it. So is
+    this one, by the others, when the block raises: it leaves without waiting for them.
     """
     options = [args.coordinator, args.processes, args.process]
     if not args.distributed:
@@ -68,8 +70,11 @@ def joined(args: argparse.Namespace) -> Iterator[TextIO]:
     try:
         with _own_stdout() as out:
             yield out if jax.process_index() == 0 else io.StringIO()
-    except jax.errors.JaxRuntimeError as error:
-        dead = _missing(args.heartbeat)
+    except BaseException as error:
+        dead = isinstance(error, jax.errors.JaxRuntimeError) and _missing(args.heartbeat)
+        # At exit JAX would wait minutes at a barrier that the others, in the middle of their work
+        # with this one, do not reach.
+        atexit.register(_exit_at_once, ValueError() if dead else error)
         if not dead:
             raise
         raise ValueError(
@@ -77,6 +82,14 @@ def joined(args: argparse.Namespace) -> Iterator[TextIO]:
             "output, and start all of them again"
         ) from error
     jax.distributed.shutdown()
+
+
+def _exit_at_once(error: BaseException) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    expected = isinstance(error, (ValueError, OSError, NotImplementedError, MemoryError))
+    os._exit(130 if isinstance(error, KeyboardInterrupt) else 2 if expected else 1)
 
 
 @contextlib.contextmanager

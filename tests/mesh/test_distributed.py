@@ -44,6 +44,8 @@ def model(tmp_path_factory):
 
 
 def start(model, *arguments, heartbeat=30, processes=2, devices=4):
+    """model: of all processes, or one each."""
+    models = [model] * processes if isinstance(model, str) else model
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
@@ -53,7 +55,7 @@ def start(model, *arguments, heartbeat=30, processes=2, devices=4):
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-P", "-c", CLI, *PROMPT, "--model", model, *arguments,
+            [sys.executable, "-P", "-c", CLI, *PROMPT, "--model", models[i], *arguments,
              "--distributed", "--coordinator", address, "--processes", str(processes),
              "--process", str(i), "--heartbeat", str(heartbeat)],
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(i)} if ON_GPU else own),
@@ -86,6 +88,23 @@ def test_a_dead_process_ends_the_others(model, victim):
     named = r"process 1 of 2 died|unhealthy.*\n1\n" if victim else r"process 0 of 2|leader task"
     assert re.search(named, error.decode(errors="replace"))
     running[victim].wait()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_fails_ends_the_others(model, victim, tmp_path):
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    os.truncate(damaged / "model.safetensors", 3000)
+    models = [str(damaged) if i == victim else model for i in range(2)]
+    running = start(models, "--max-new-tokens", "8", heartbeat=4)
+    _, error = running[victim].communicate(timeout=60)
+    failed = time.monotonic()
+    assert running[victim].returncode == 2
+    assert re.search("model.safetensors", error.decode())
+    _, error = running[1 - victim].communicate(timeout=60)
+    assert time.monotonic() - failed < 4 + 15
+    assert running[1 - victim].returncode not in (0, None)
+    named = r"process 1 of 2 died|unhealthy.*\n1\n" if victim else r"process 0 of 2|leader task"
+    assert re.search(named, error.decode(errors="replace"))
 
 
 @pytest.mark.parametrize(
