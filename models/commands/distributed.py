@@ -47,8 +47,8 @@ def joined(args: argparse.Namespace) -> Iterator[TextIO]:
     """Joins the other processes for the time of a block; where this one writes its text.
 
     Raises ValueError where they cannot be joined, and where one of them has died. One that is
-    silent, rather than gone, is found by JAX's heartbeat, which ends the process and names it. So is
-    this one, by the others, when the block raises: it leaves without waiting for them.
+    silent, rather than gone, is found by JAX's heartbeat, which ends the process and names it. So
+    is this one, by the others, when the block raises: it leaves without waiting for them.
     """
     options = [args.coordinator, args.processes, args.process]
     if not args.distributed:
