@@ -112,7 +112,7 @@ def time_products(f: Callable, weights: Sequence, x: jax.Array) -> list[float]:
         return [f(w, x) for w, x in zip(ws * rounds, xs, strict=True)]
 
     # Else dense products with the same weight become one.
-    apart: dict[str, str | bool] = {"xla_gpu_dot_merger_threshold_mb": "0"}
+    apart: Any = {"xla_gpu_dot_merger_threshold_mb": "0"}
     lowered = jax.jit(products).lower(list(weights), xs)
     run = lowered.compile(compiler_options=apart)
     jax.block_until_ready([run(list(weights), xs) for _ in range(2)])
