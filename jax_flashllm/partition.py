@@ -74,8 +74,15 @@ def make_plan(
     blocks: Axes = ()
     for spec, dims in zip(specs, roles[0], strict=True):
         for axes, role in zip(spec, dims, strict=True):
-            if role == BLOCK and len(axes) > len(blocks):
-                blocks = axes
+            if role == BLOCK:
+                short, long = sorted((blocks, axes), key=len)
+                if long[: len(short)] != short:
+                    raise ValueError(
+                        f"{name}: the buffers of W lie apart, axis 0 over {list(axes)} of one and "
+                        f"over {list(blocks)} of another, so that one would have to be moved; lay "
+                        "all of W out together with jax_flashllm.shard"
+                    )
+                blocks = long
             if role == OWN and axes:
                 raise ValueError(
                     f"{name}: a buffer of W is split over mesh axis {axes[0]!r} within its blocks, "
@@ -422,7 +429,9 @@ def _rule(roles, shape: tuple[int, int], grid: tuple[int, int]) -> tuple[str, di
         if isinstance(role, int):
             return f"t{role}" if role >= 0 else f"b{-role}"
         names = {BLOCK: "cm", ROWS: "mr", COLUMNS: "ck"}[role]
+        # Among several factors Shardy takes none of size 1.
         names = [n for n in names if not (n == "c" and C == 1) and not (n == "m" and R == 1)]
+        names = [n for n in names if len(names) == 1 or sizes[n] > 1]
         if len(names) > 1:
             compound.update(names)
             return f"({' '.join(names)})"

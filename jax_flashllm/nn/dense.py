@@ -109,6 +109,7 @@ class SparseDense(nnx.Module):
         self.kernel_index = SparseIndex(index, **metadata)
         self.kernel_offsets = SparseIndex(offsets, **metadata)
         self.grid = w.row_shards, w.column_shards
+        self.axes = rows, columns  # the mesh axes over each, which the annotation has as one
         self.kernel_grid: nnx.Variable | None = nnx.data(None)
         if w.column_shards > 1:
             self.kernel_grid = SparseIndex(np.array(self.grid, np.uint32))
@@ -156,7 +157,7 @@ class SparseDense(nnx.Module):
             dtype=dtype,
             param_dtype=w.dtype,
             kernel_init=lambda *_: w,
-            kernel_metadata=kernel_metadata or _annotation(w),
+            kernel_metadata=kernel_metadata or annotation_of_placed(w),
             rngs=cast(Any, _NothingDrawn()),
         )
         if bias is not None:
@@ -201,7 +202,7 @@ class SparseDense(nnx.Module):
             )
             param_dtype = next(halves, jnp.bfloat16)
         check_param_dtype(param_dtype, "SparseDense.from_dense")
-        metadata = annotation_of(linear.kernel)
+        metadata = annotation_of(linear)
         _, rows, columns = block_axes(_mesh_axes(dict(metadata)))
         mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
         grid = grid_for(shards, rows, columns, mesh.shape)
@@ -212,7 +213,7 @@ class SparseDense(nnx.Module):
         """Takes the other layer's weight for its own: the same Variables. Returns itself."""
         self.kernel, self.kernel_index = other.kernel, other.kernel_index
         self.kernel_offsets = other.kernel_offsets
-        self.kernel_grid, self.grid = other.kernel_grid, other.grid
+        self.kernel_grid, self.grid, self.axes = other.kernel_grid, other.grid, other.axes
         return self
 
     @property
@@ -232,11 +233,15 @@ class SparseDense(nnx.Module):
         return spmm(self.weight, x, bias, activation)
 
 
-def annotation_of(kernel: nnx.Variable) -> dict[str, Any]:
-    """The metadata of a kernel that says where it lies."""
+def annotation_of(layer: nnx.Linear | SparseDense) -> dict[str, Any]:
+    """The metadata that says where a layer's kernel [K, M] lies."""
     names = ("out_sharding", "mesh", "sharding_rules")
-    metadata = kernel.get_metadata()
-    return {name: metadata[name] for name in names if metadata.get(name) is not None}
+    metadata = layer.kernel.get_metadata()
+    found = {name: metadata[name] for name in names if metadata.get(name) is not None}
+    if isinstance(layer, SparseDense) and found:
+        rows, columns = layer.axes
+        found["out_sharding"] = (*found["out_sharding"][:-1], columns or None, rows or None)
+    return found
 
 
 def _mesh_axes(metadata: dict[str, Any]) -> tuple[Any, ...]:
@@ -249,13 +254,14 @@ def _mesh_axes(metadata: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(found.get_value())
 
 
-def _annotation(w: SparseWeight) -> dict[str, Any]:
+def annotation_of_placed(w: SparseWeight) -> dict[str, Any]:
     """Metadata that says where a weight from `jax_flashllm.shard` lies."""
     sharding = getattr(w.values, "sharding", None)
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return {}
-    spec = tuple(sharding.spec)
-    if len(spec) != w.values.ndim - 1 or spec[-1] is None:
+    spec = (*sharding.spec, *(None,) * (w.values.ndim - len(sharding.spec)))
+    *spec, within = spec  # a type on an Explicit mesh has an entry for each dimension
+    if within is not None or spec[-1] is None:
         return {}
     axes = spec[-1] if isinstance(spec[-1], tuple) else (spec[-1],)
     columns, n = [], 1

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 
-from jax_flashllm.nn.dense import SparseDense, annotation_of
+from jax_flashllm.nn.dense import SparseDense, annotation_of, annotation_of_placed
 from jax_flashllm.nn.tree import Path, dotted, flatten, normal, replace
 from jax_flashllm.nn.weights import rebuild
 
@@ -48,9 +49,13 @@ def restore(model: M, state: Mapping[Any, Any]) -> M:
             raise ValueError(f"restore: {', '.join(lost)}: not in the state, though its index is")
         w = [arrays[n] for n in names]
         grid = arrays.get((*path, "kernel_grid"))
-        grid = None if grid is None else (int(grid[0]), int(grid[1]))
+        if grid is not None:  # in NumPy: JAX does nothing to what lies on another Explicit mesh
+            grid = np.asarray(grid)
+            grid = int(grid[0]), int(grid[1])
         weight = rebuild(*w, shape=(layer.out_features, layer.in_features), grid=grid)
-        metadata = annotation_of(layer.kernel) if isinstance(layer, nnx.Linear) else {}
+        metadata = annotation_of(layer) or annotation_of_placed(weight)
+        if not jax.sharding.get_mesh().empty:
+            metadata.pop("mesh", None)
         new = SparseDense.from_encoded(weight, layer.bias, layer.dtype, kernel_metadata=metadata)
         if metadata:  # laid out over the model's mesh, maybe as other shards
             for name in ("kernel", "kernel_index", "kernel_offsets", "kernel_grid"):

@@ -112,6 +112,15 @@ def test_a_placed_weight_brings_its_annotation():
     np.testing.assert_array_equal(layer(np.ones((1, K), np.float16)), np.full((1, M), K))
 
 
+@both
+def test_a_jit_leaves_a_placed_weight_its_annotation(kind):
+    w = jf.shard(jf.encode(np.ones((M, K), np.float16)), mesh_of(kind), "dp", "tp")
+    w = jax.jit(lambda w: w)(w)  # an Explicit mesh's types have an entry for each dimension
+    found = nnx.get_partition_spec(nnx.state(SparseDense.from_encoded(w)))
+    assert [v.get_value() for v in jax.tree.leaves(found, is_leaf=lambda x: hasattr(x, "get_value"))
+            if v.get_value()] == [P(("tp", "dp"))] * 3  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
 def test_orbax_saves_on_one_mesh_and_restores_on_another(tmp_path, shape):
     import orbax.checkpoint as ocp
@@ -131,6 +140,53 @@ def test_orbax_saves_on_one_mesh_and_restores_on_another(tmp_path, shape):
     for a, b in [(new.up, model.up), (new.down, model.down)]:
         np.testing.assert_array_equal(a.weight.to_dense(), b.weight.to_dense())
     np.testing.assert_allclose(result, nnx.jit(lambda m, x: m(x))(model, X), rtol=1e-5, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_sparse_model_takes_what_another_mesh_saved(kind, size, abstract):
+    with jax.set_mesh(mesh_of(kind)):
+        model = sparsify(MLP(nnx.Rngs(0)), 0.5)
+        saved = jax.jit(lambda s: s)(nnx.state(model))
+    if abstract:  # or as nested dicts, which is what Orbax gives
+        saved = nnx.to_pure_dict(saved)
+
+    def other():
+        new = MLP(nnx.Rngs(1))
+        if abstract:  # made in a traced function, as nnx.eval_shape does
+            new.up = SparseDense(K, M, kernel_init=annotated(None, "tp"), rngs=nnx.Rngs(1))
+            new.down = SparseDense(M, K, kernel_init=annotated("tp", None), rngs=nnx.Rngs(1))
+        return new
+
+    mesh = mesh_of(kind, (size, 8 // size))
+    with jax.set_mesh(mesh):
+        new = restore(nnx.eval_shape(other) if abstract else sparsify(other(), 0.5), saved)
+        specs = nnx.get_partition_spec(nnx.state(new))
+        for a, b in [("up", model.up), ("down", model.down)]:
+            layer, blocks = getattr(new, a), max(4, size)
+            assert layer.grid == ((blocks, 1) if a == "up" else (1, blocks))
+            assert specs[a]["kernel"].get_value() == P("tp")
+            for v in (layer.kernel, layer.kernel_index, layer.kernel_offsets):
+                assert v[...].sharding.mesh == mesh
+                assert {s.data.shape[0] for s in v[...].addressable_shards} == {blocks // size}
+                assert v.get_metadata().get("mesh") in (None, mesh)
+            np.testing.assert_array_equal(layer.weight.to_dense(), b.weight.to_dense())
+        again = restore(new, nnx.state(new))  # a tp of 1 cuts rows or columns still
+        assert (again.up.grid, again.down.grid) == (new.up.grid, new.down.grid)
+
+
+def test_a_placed_weight_moves_to_the_mesh_that_is_set():
+    """Without an annotation in the model the saved arrays' own names count."""
+    with jax.set_mesh(mesh_of()):
+        w = jf.shard(jf.encode(np.ones((M, K), np.float16)), mesh_of(), "tp")
+        state = nnx.state(SparseDense.from_encoded(w))
+    mesh = mesh_of(shape=(8, 1))
+    with jax.set_mesh(mesh):
+        linear = nnx.Linear(K, M, use_bias=False, rngs=nnx.Rngs(0))
+        new = restore(linear, state)
+        assert new.kernel[...].sharding == NamedSharding(mesh, P("tp"))
+        assert new.grid == (8, 1)
 
 
 def test_shards_that_the_mesh_does_not_divide():

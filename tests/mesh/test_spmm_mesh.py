@@ -1,6 +1,7 @@
 """Products over meshes: right to the bit, with these collectives and no others."""
 
 import contextlib
+import dataclasses
 import re
 import warnings
 
@@ -410,6 +411,34 @@ def test_rows_that_no_block_divides():
     run(jf.spmm, w, put(mesh, X), y=Y[..., :31], moves=[("all-gather", Y_BYTES)])
 
 
+@both
+@pytest.mark.parametrize(
+    ("m", "k", "rows", "columns"),
+    [
+        (4, K, "a", None),
+        (M, 4, None, "a"),
+        (8, K, ("a", "b"), None),
+        (2, 4, "b", "a"),
+        (1, 4, None, "a"),
+        (4, 1, "a", None),
+    ],
+)
+def test_blocks_of_one_row_or_column(kind, m, k, rows, columns):
+    mesh = mesh_of(kind)
+    w, x = jf.shard(jf.encode(W[:m, :k]), mesh, rows, columns), X[..., :k]
+    y = x @ W[:m, :k].T.astype(np.float32)
+    sums = y.nbytes // w.row_shards
+    spec = P(None, None, rows)
+    run(jf.spmm, w, put(mesh, x), y=y, spec=spec, moves=[("all-reduce", sums)] if columns else [])
+    run(jf.decode, w, y=W[:m, :k])
+
+    def grad(w, x):
+        return jax.grad(lambda v: jf.spmm(w.with_values(v), x).sum())(w.values)
+
+    expected = jax.jit(grad)(jf.encode(W[:m, :k], shards=(w.row_shards, w.column_shards)), x)
+    np.testing.assert_array_equal(jax.jit(grad)(w, put(mesh, x)), expected)
+
+
 # ---- what cannot be ----
 
 
@@ -438,6 +467,19 @@ def test_splits_that_would_gather_the_weight(kind):
     message = "lay it out again" if kind == EXPLICIT else "need mesh axes of their own"
     with pytest.raises(error, match=message):
         jax.jit(jf.spmm)(w, put(mesh, X))
+
+
+@both
+def test_buffers_of_one_weight_that_lie_apart(kind):
+    mesh = mesh_of(kind)
+    w = jf.shard(jf.encode(W, "bitmap", 4), mesh, "a")
+    error = ValueError if kind == EXPLICIT else jax.errors.JaxRuntimeError
+    lost = dataclasses.replace(w, masks=put(mesh, np.asarray(w.masks), "b"))
+    with pytest.raises(error, match=r"axis 0 over \['a'\].* over \['b'\].*jax_flashllm.shard"):
+        jax.jit(jf.spmm)(lost, put(mesh, X))
+    # A copy on each device has each device's part.
+    whole = dataclasses.replace(w, masks=put(mesh, np.asarray(w.masks)))
+    run(jf.spmm, whole, put(mesh, X), y=Y, spec=P(None, None, "a"))
 
 
 @pytest.mark.parametrize("spec", [P("a"), P(None, None, "a")])
