@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_flashllm.models.mesh import model_mesh
 from jax_flashllm.models.opt import OPT
 
 # Windows a call: as many as keep the logits, float32 [windows, context, vocabulary], under this.
@@ -67,7 +68,8 @@ def perplexity(
 
     ids: int [n], n >= 2, of one text.   token_bytes: int [V], bytes that each token stands for.
     context: tokens a window, 2 to the model's; None takes the model's.
-    batch: windows a call; None takes as many as fit 64 MB of logits.
+    batch: windows a call; None takes as many as fit 64 MB of logits. On a mesh rounded up to
+      a multiple of its data axis.
     on_batch: called with (tokens scored so far, nats so far) after each call.
     Raises ValueError for ids, contexts and batches that do not fit.
     """
@@ -81,6 +83,8 @@ def perplexity(
     # No larger than the text, and split evenly: a short last call would be padded with windows.
     B = min(B, rows)
     B = -(-rows // -(-rows // B))
+    if model.layout is not None:
+        B += -B % model.layout.rows
     padded = rows + -rows % B
 
     windows = np.zeros((padded, T), np.int32)
@@ -90,7 +94,8 @@ def perplexity(
     losses = _losses(graphdef)
     nats = 0.0
     for i in range(0, padded, B):
-        part = np.asarray(losses(state, windows[i : i + B]), np.float64)
+        with model_mesh(model.layout):
+            part = np.asarray(losses(state, windows[i : i + B]), np.float64)
         nats += float(part[scored[i : i + B]].sum())
         if math.isnan(nats):
             raise ValueError(

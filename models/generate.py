@@ -27,7 +27,7 @@ from jax_flashllm.formats.weight import check_process
 from jax_flashllm.models import memory
 from jax_flashllm.models.cache import DTYPES, KVCache
 from jax_flashllm.models.config import OPTConfig
-from jax_flashllm.models.mesh import Layout
+from jax_flashllm.models.mesh import Layout, model_mesh
 from jax_flashllm.models.opt import OPT
 from jax_flashllm.models.sampling import Sampling, row_uniforms, sample
 
@@ -86,41 +86,42 @@ def generate(
     ids, mask = np.pad(ids, left, constant_values=pad), np.pad(mask, left)
     if model.layout is not None:
         model.layout.check_rows(B, "generate")
-    slots = _bucket(bucket + max_new_tokens - 1, least=64, steps=8)
-    programs, weights = programs_of(model, cache_dtype)
-    if model.layout is None:
-        item = programs.cache_dtype.itemsize
-        memory.check_fits(
-            f"generate: {B} rows of {slots} tokens",
-            memory.estimate(config, 0, B, slots, bucket, item),
-            memory.free_bytes(),
-            "pass fewer rows, ask for fewer tokens, or take cache_dtype=jnp.float8_e4m3fn",
-        )
-    end_table = _table(ends)
-    draws = None if sampling is None else row_uniforms(seed, B, max_new_tokens).T
-    first = None if draws is None else draws[0]
+    with model_mesh(model.layout):
+        slots = _bucket(bucket + max_new_tokens - 1, least=64, steps=8)
+        programs, weights = programs_of(model, cache_dtype)
+        if model.layout is None:
+            item = programs.cache_dtype.itemsize
+            memory.check_fits(
+                f"generate: {B} rows of {slots} tokens",
+                memory.estimate(config, 0, B, slots, bucket, item),
+                memory.free_bytes(),
+                "pass fewer rows, ask for fewer tokens, or take cache_dtype=jnp.float8_e4m3fn",
+            )
+        end_table = _table(ends)
+        draws = None if sampling is None else row_uniforms(seed, B, max_new_tokens).T
+        first = None if draws is None else draws[0]
 
-    output = _Output(B, max_new_tokens, pad, ends, on_token)
-    with ThreadPoolExecutor(1) as thread:
-        compiling = None
-        if max_new_tokens > 1:
-            compiling = programs.compile(thread, weights, ids, mask, end_table, sampling, slots)
-        state = programs.prefill(weights, ids, mask, end_table, sampling, first, slots)
-        output.add(state.recent[:, -1])  # shown while the decode program may still be compiling
-        if compiling is not None:
-            compiling.result()
-    pace = _Pace(on_token is not None, model.layout is not None)
-    asked, ahead = 1, None
-    while asked < max_new_tokens and not output.ended:
-        steps = min(pace.steps, max_new_tokens - asked)
-        uniforms = None if draws is None else _rows(draws, asked, steps)
-        state, *chunk = programs.decode(weights, state, end_table, sampling, uniforms, steps)
-        asked += steps
+        output = _Output(B, max_new_tokens, pad, ends, on_token)
+        with ThreadPoolExecutor(1) as thread:
+            compiling = None
+            if max_new_tokens > 1:
+                compiling = programs.compile(thread, weights, ids, mask, end_table, sampling, slots)
+            state = programs.prefill(weights, ids, mask, end_table, sampling, first, slots)
+            output.add(state.recent[:, -1])  # shown while the decode program may still be compiling
+            if compiling is not None:
+                compiling.result()
+        pace = _Pace(on_token is not None, model.layout is not None)
+        asked, ahead = 1, None
+        while asked < max_new_tokens and not output.ended:
+            steps = min(pace.steps, max_new_tokens - asked)
+            uniforms = None if draws is None else _rows(draws, asked, steps)
+            state, *chunk = programs.decode(weights, state, end_table, sampling, uniforms, steps)
+            asked += steps
+            if ahead is not None:
+                pace.done(output.add_chunk(*ahead))
+            ahead = chunk
         if ahead is not None:
-            pace.done(output.add_chunk(*ahead))
-        ahead = chunk
-    if ahead is not None:
-        output.add_chunk(*ahead)
+            output.add_chunk(*ahead)
     return output.tokens[:, : output.length]
 
 
@@ -224,9 +225,12 @@ class Programs:
         uniform = None if sampling is None else np.zeros(len(ids), np.float32)
         # Traced before the thread starts: both hold Python's lock, and prefill is wanted first.
         self.prefill.lower(weights, ids, mask, ends, sampling, uniform, slots)
-        return thread.submit(
-            lambda: self.lower_decode(weights, len(ids), slots, ends, sampling).compile()
-        )
+
+        def lower_and_compile():
+            with model_mesh(self.layout):  # a thread starts without
+                self.lower_decode(weights, len(ids), slots, ends, sampling).compile()
+
+        return thread.submit(lower_and_compile)
 
     def lower_decode(self, weights, rows: int, slots: int, ends, sampling):
         """decode for such arguments, lowered."""

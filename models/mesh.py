@@ -10,6 +10,7 @@ of the logits. What no axis splits (norms, positions, projections) is on every d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -38,7 +39,22 @@ class Layout:
     @classmethod
     def create(cls, mesh: Mesh, config: OPTConfig, tensor: str, data: str) -> Layout:
         """Raises ValueError for axes that are not there, and sizes that do not divide the model."""
+        if not isinstance(mesh, Mesh):
+            raise TypeError(
+                f"opt.load: mesh is a {type(mesh).__name__}; pass one that jax.make_mesh makes"
+            )
         names = mesh.axis_names
+        if tensor == data:
+            raise ValueError(
+                f"opt.load: tensor and data are both {tensor!r}; name two axes, of which the mesh "
+                "may lack one"
+            )
+        if {tensor, data} <= set(names) and len(names) > 2:
+            others = [n for n in names if n not in (tensor, data)]
+            raise ValueError(
+                f"opt.load: the mesh has axes {list(names)}, but the model is split over "
+                f"{tensor!r} and {data!r} alone; make a mesh without {others}"
+            )
         if not {tensor, data} & set(names) or not set(names) <= {tensor, data}:
             raise ValueError(
                 f"opt.load: the mesh has axes {list(names)}; name them {tensor!r} (tensor "
@@ -65,9 +81,14 @@ class Layout:
         """Devices that share a block."""
         return 1 if self.tensor is None else self.mesh.shape[self.tensor]
 
+    @property
+    def rows(self) -> int:
+        """Devices that share the rows of a batch."""
+        return 1 if self.data is None else self.mesh.shape[self.data]
+
     def check_rows(self, rows: int, what: str) -> None:
-        if self.data is not None and rows % self.mesh.shape[self.data]:
-            n = self.mesh.shape[self.data]
+        n = self.rows
+        if rows % n:
             raise ValueError(
                 f"{what}: {rows} rows over mesh axis {self.data!r} of size {n}; pass a multiple of "
                 f"{n} rows, or a mesh where it is {math.gcd(rows, n)}"
@@ -136,10 +157,29 @@ class Layout:
         def local(state, ids, mask, cache):
             return nnx.merge(graph, state)._forward(ids, mask, cache, last_only, empty)
 
-        return jax.shard_map(
+        mapped = jax.shard_map(
             local,
             mesh=self.mesh,
             in_specs=(specs, rows, None if mask is None else rows, caches),
             out_specs=rows if cache is None else (rows, self.cache),
             check_vma=False,
-        )(state, ids, mask, cache)
+        )
+        with self._own_mesh():
+            return mapped(state, ids, mask, cache)
+
+    def _own_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """As `model_mesh`, while tracing too."""
+        outer, own = jax.sharding.get_abstract_mesh(), self.mesh.abstract_mesh
+        if outer.empty or outer == own:
+            return contextlib.nullcontext()
+        if outer.axis_names != own.axis_names or outer.axis_sizes != own.axis_sizes:
+            raise ValueError(
+                f"OPT: the model lies on a mesh {dict(own.shape)}, but jax.set_mesh names "
+                f"{dict(outer.shape)}; call the model outside of it, or under its own mesh"
+            )
+        return jax.sharding.use_abstract_mesh(own)
+
+
+def model_mesh(layout: Layout | None) -> contextlib.AbstractContextManager[Any]:
+    """In it programs see the model's own mesh, whatever `jax.set_mesh` named outside."""
+    return contextlib.nullcontext() if layout is None else jax.set_mesh(layout.mesh)

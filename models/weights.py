@@ -30,7 +30,7 @@ from jax_flashllm.formats import (
 from jax_flashllm.formats.layout import place
 from jax_flashllm.models import checkpoint, memory
 from jax_flashllm.models.config import OPTConfig
-from jax_flashllm.models.mesh import Layout
+from jax_flashllm.models.mesh import Layout, model_mesh
 from jax_flashllm.models.opt import LAYER_NORM_EPSILON, OPT, Implementation
 from jax_flashllm.nn import SparseDense
 
@@ -71,14 +71,15 @@ def load(
         layout = None if mesh is None else Layout.create(mesh, config, tensor, data)
         loader = Loader(names, config, compute, cast if cast != np.float32 else None, layout)
         # Shown on a terminal, once a second has passed.
-        with tqdm(
+        progress = tqdm(
             total=len(names.stored),
             desc="load",
             unit=" tensors",
             delay=1,
             leave=False,
             disable=None,
-        ) as bar:
+        )
+        with progress as bar, model_mesh(layout):
             loader.on_read = bar.update
             return OPT(
                 config,

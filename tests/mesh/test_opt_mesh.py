@@ -1,5 +1,6 @@
 """OPT on meshes: the tokens of one device, two all-reduces a block, each part on its device."""
 
+import contextlib
 import tracemalloc
 
 import jax
@@ -13,6 +14,7 @@ from tiny_opt import quick_compiles  # noqa: F401
 
 from jax_flashllm.models import opt, weights
 from jax_flashllm.models.cache import KVCache
+from jax_flashllm.models.evaluate import perplexity
 from jax_flashllm.models.generate import generate
 
 LAYERS, V = 2, 64
@@ -137,6 +139,43 @@ def test_tensors_come_back_as_they_were_stored(path, sparsity):
     assert not alone
 
 
+@pytest.mark.parametrize("loads_inside", [False, True])
+def test_under_set_mesh_of_the_same_mesh(path, loads_inside):
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=kinds, devices=jax.devices()[:4])
+    alone = opt.load(path(), np.float32)
+    inside = jax.set_mesh(mesh) if loads_inside else contextlib.nullcontext()
+    with inside:
+        model = opt.load(path(), np.float32, mesh=mesh)
+    tokens = generate(alone, PROMPTS, 6, eos_token_id=())
+    logits, windows = nnx.jit(lambda m, ids: m(ids))(alone, PROMPTS), PROMPTS.ravel()
+    score = perplexity(alone, windows, context=5).nats
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(generate(model, PROMPTS, 6, eos_token_id=()), tokens)
+        got = nnx.jit(lambda m, ids: m(ids))(model, PROMPTS)
+        np.testing.assert_allclose(got, logits, rtol=1e-4, atol=1e-4)
+        assert perplexity(model, windows, context=5).nats == pytest.approx(score, rel=1e-5)
+
+
+def test_under_set_mesh_of_another_mesh(path):
+    model = opt.load(path(), np.float32, mesh=mesh_of(2, 2))
+    tokens = generate(model, PROMPTS, 3, eos_token_id=())
+    with jax.set_mesh(jax.make_mesh((8,), ("z",))):
+        np.testing.assert_array_equal(generate(model, PROMPTS, 3, eos_token_id=()), tokens)
+        with pytest.raises(ValueError, match=r"mesh \{'dp': 2, 'tp': 2\}, .* \{'z': 8\}"):
+            model(PROMPTS)
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_perplexity_of_any_number_of_windows(path, batch):
+    ids = np.random.default_rng(2).integers(3, V, 57)  # 3 windows
+    alone, model = opt.load(path(), np.float32), opt.load(path(), np.float32, mesh=mesh_of(1, 2))
+    expected = perplexity(alone, ids, context=20)
+    got = perplexity(model, ids, context=20, batch=batch)
+    assert got.tokens == expected.tokens
+    assert got.nats == pytest.approx(expected.nats, rel=1e-5)
+
+
 def test_errors_say_which_number_to_change(path):
     with pytest.raises(
         ValueError, match=r"axis 'tp' of size 8 does not divide num.*= 4; make it 4"
@@ -144,6 +183,13 @@ def test_errors_say_which_number_to_change(path):
         opt.load(path(), mesh=mesh_of(8, 1))
     with pytest.raises(ValueError, match=r"the mesh has axes \['x'\]; name them 'tp'"):
         opt.load(path(), mesh=jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]))
+    three = jax.make_mesh((2, 2, 2), ("dp", "tp", "pp"))
+    with pytest.raises(ValueError, match=r"over 'tp' and 'dp' alone; make a mesh without \['pp'\]"):
+        opt.load(path(), mesh=three)
+    with pytest.raises(ValueError, match="tensor and data are both 'x'; name two axes"):
+        opt.load(path(), mesh=jax.make_mesh((8,), ("x",)), tensor="x", data="x")
+    with pytest.raises(TypeError, match=r"mesh is a int; pass one that jax.make_mesh"):
+        opt.load(path(), mesh=4)
     model = opt.load(path(), np.float32, mesh=mesh_of(1, 4))
     with pytest.raises(ValueError, match="generate: 2 rows over mesh axis 'dp' of size 4"):
         generate(model, PROMPTS, 2)
