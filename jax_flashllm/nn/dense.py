@@ -238,7 +238,7 @@ def annotation_of(layer: nnx.Linear | SparseDense) -> dict[str, Any]:
     names = ("out_sharding", "mesh", "sharding_rules")
     metadata = layer.kernel.get_metadata()
     found = {name: metadata[name] for name in names if metadata.get(name) is not None}
-    if isinstance(layer, SparseDense) and found:
+    if isinstance(layer, SparseDense) and "out_sharding" in found:
         rows, columns = layer.axes
         found["out_sharding"] = (*found["out_sharding"][:-1], columns or None, rows or None)
     return found

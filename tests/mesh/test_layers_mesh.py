@@ -189,6 +189,15 @@ def test_a_placed_weight_moves_to_the_mesh_that_is_set():
         assert new.grid == (8, 1)
 
 
+def test_a_sparse_layer_whose_annotation_names_no_axis():
+    mesh = mesh_of()
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, None), mesh=mesh)
+    with jax.set_mesh(mesh):
+        layer = SparseDense(K, M, kernel_init=init, rngs=nnx.Rngs(0))
+        new = restore(layer, nnx.state(layer))
+    np.testing.assert_array_equal(new.weight.to_dense(), layer.weight.to_dense())
+
+
 def test_shards_that_the_mesh_does_not_divide():
     with (
         jax.set_mesh(mesh_of()),
