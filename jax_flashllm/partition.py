@@ -364,6 +364,22 @@ def explicit(aval, batched: int = 0) -> NamedSharding | None:
     return aval.sharding.update(spec=P(*aval.sharding.spec[batched:]))
 
 
+def cut(op: str, a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`a` without the padding to whole blocks; on an Explicit mesh its parts have to stay alike."""
+    if a.shape == shape:
+        return a
+    sharding = explicit(jax.typeof(a))
+    for size, axes in zip(shape, _to_spec(sharding.spec, a.ndim) if sharding else (), strict=False):
+        parts = math.prod(sharding.mesh.shape[n] for n in axes)
+        if size % parts:
+            raise ValueError(
+                f"{op}: W has {size} rows or columns over mesh axes {list(axes)} of an Explicit "
+                f"mesh, {parts} parts, which do not divide them; pad W to "
+                f"{-(-size // parts) * parts}, or take an Auto mesh"
+            )
+    return lax.slice(a, (0,) * a.ndim, shape)
+
+
 def dense_sharding(offsets, shape: tuple[int, int], columns: int) -> NamedSharding | None:
     """Where the dense [M, K] of a weight's blocks lies on an Explicit mesh."""
     sharding = explicit(jax.typeof(offsets))

@@ -1,12 +1,16 @@
 """The public op: y = act(x W^T + bias) with W encoded."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jax_flashllm.formats import SparseWeight
 from jax_flashllm.formats.weight import HALF_DTYPES, check_process
 from jax_flashllm.kernel import ACTIVATIONS, NO_BIAS, decode_p, spmm_p
+from jax_flashllm.partition import cut
 
 _X_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 
@@ -65,6 +69,7 @@ def spmm(
         if bias.dtype not in _X_DTYPES:
             raise TypeError(f"spmm: bias is {bias.dtype}; cast it to x's dtype, {x.dtype}")
     x = jnp.asarray(x)
+    wanted = None if out_sharding is None else _wanted(out_sharding, w, x)
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], m), x.dtype)
     R, C = w.local_grid
@@ -83,14 +88,55 @@ def spmm(
         activation=activation if fused else None,
         columns=C,
         batch=(),
-        out_sharding=None if out_sharding is None else getattr(out_sharding, "spec", out_sharding),
+        out_sharding=wanted,
     )
-    y = y[..., :m] if rows > m else y
+    y = cut("spmm", y, (*x.shape[:-1], m))
     if fused:
         return y
     if bias is not None:
         y = y + bias.astype(y.dtype)
     return ACTIVATIONS[activation][1](y)
+
+
+def _wanted(out_sharding, w: SparseWeight, x: jax.Array) -> PartitionSpec:
+    """The spec of `out_sharding`, which the result can lie as."""
+    spec = getattr(out_sharding, "spec", out_sharding)
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(
+            f"spmm: out_sharding is {out_sharding!r}; pass a PartitionSpec or a NamedSharding"
+        )
+    meshes = [jax.typeof(a).sharding.mesh for a in (*w.buffers, w.values, x)]
+    mesh = next((each for each in meshes if each.explicit_axes), None)
+    if mesh is None:
+        raise ValueError(
+            f"spmm: out_sharding is {spec}, but neither W nor x lies on an Explicit mesh; leave it "
+            "out, and on an Auto mesh put jax.lax.with_sharding_constraint on the result"
+        )
+    shape = *x.shape[:-1], w.local_shape[0]
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"spmm: out_sharding {spec} has {len(spec)} entries, but the result is {list(shape)}"
+        )
+    named = []
+    for dim, (entry, size) in enumerate(zip(spec, shape, strict=False)):
+        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        for axis in axes:
+            if axis not in mesh.axis_names:
+                raise ValueError(
+                    f"spmm: out_sharding names mesh axis {axis!r}; the mesh has "
+                    f"{list(mesh.axis_names)}"
+                )
+            if axis in named:
+                raise ValueError(f"spmm: out_sharding {spec} names mesh axis {axis!r} twice")
+            named.append(axis)
+        parts = math.prod(mesh.shape[a] for a in axes)
+        if size % parts:
+            raise ValueError(
+                f"spmm: out_sharding {spec} cuts dimension {dim} of the result {list(shape)} into "
+                f"{parts}, which does not divide {size}; pad it to {-(-size // parts) * parts}, or "
+                "split another dimension"
+            )
+    return spec
 
 
 def _alike(*operands):
@@ -116,8 +162,7 @@ def decode(w: SparseWeight) -> jax.Array:
         batch=(),
         out_sharding=None,
     )
-    m, k = w.local_shape
-    return dense if dense.shape == (m, k) else dense[:m, :k]
+    return cut("decode", dense, w.local_shape)
 
 
 def _check_weight(op: str, w) -> None:

@@ -28,6 +28,16 @@ def shard(w: SparseWeight, mesh: Mesh, rows: Axes = None, columns: Axes = None) 
     Raises ValueError for axes that are not there or not free, for sizes that do not divide [M, K],
     and where blocks would have to come from another process.
     """
+    if not isinstance(w, SparseWeight):
+        raise TypeError(
+            f"shard: w must be an encoded weight, got {type(w).__name__}; make one with "
+            "jax_flashllm.encode"
+        )
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"shard: mesh must be a jax.sharding.Mesh of devices, got {type(mesh).__name__}; make "
+            "one with jax.make_mesh"
+        )
     axes = _names(mesh, rows), _names(mesh, columns)
     if shared := set(axes[0]) & set(axes[1]):
         raise ValueError(f"shard: mesh axis {min(shared)!r} splits rows and columns; name it once")
@@ -61,6 +71,12 @@ def place(w: SparseWeight, sharding: NamedSharding) -> SparseWeight:
 
 def relayout(w: SparseWeight, grid: tuple[int, int]) -> SparseWeight:
     """The same weight as (R, C) other blocks, in NumPy; one block at a time is dense."""
+    if any(isinstance(b, jax.core.Tracer) for b in jax.tree.leaves(w)):
+        raise ValueError(
+            f"shard: {w.row_shards} x {w.column_shards} blocks (rows x columns) cannot be laid out "
+            f"again as {grid[0]} x {grid[1]} under jit; call shard before it, or encode with "
+            f"shards={grid}"
+        )
     if not all(b.is_fully_addressable for b in jax.tree.leaves(w) if isinstance(b, jax.Array)):
         raise ValueError(
             f"shard: {w!r} lies on other processes' devices too, and cannot be laid out again as "
@@ -96,8 +112,10 @@ def _overlaps(start: int, size: int, step: int):
 
 
 def _names(mesh: Mesh, axes: Axes) -> tuple[str, ...]:
-    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    names = () if axes is None else tuple(axes) if isinstance(axes, tuple | list | P) else (axes,)
     for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"shard: {list(names)} names mesh axis {name!r} twice; name it once")
         if name not in mesh.axis_names:
             raise ValueError(
                 f"shard: mesh axis {name!r} does not exist; the mesh has {list(mesh.axis_names)}"

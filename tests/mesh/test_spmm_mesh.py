@@ -455,6 +455,64 @@ def test_shard_says_which_number_to_change():
         jf.shard(jf.encode(W[:, :63]), mesh, columns="a")
 
 
+def test_shard_says_what_to_pass():
+    mesh, w = mesh_of(AUTO), jf.encode(W)
+    with pytest.raises(TypeError, match="an encoded weight, got ndarray; make one with"):
+        jf.shard(W, mesh, "a")
+    for other in (None, mesh.abstract_mesh):
+        with pytest.raises(TypeError, match=rf"Mesh of devices, got {type(other).__name__};"):
+            jf.shard(w, other, "a")
+    with pytest.raises(ValueError, match="names mesh axis 'a' twice; name it once"):
+        jf.shard(w, mesh, ("a", "a"))
+    with pytest.raises(ValueError, match="mesh axis 0 does not exist"):
+        jf.shard(w, mesh, 0)
+    with pytest.raises(ValueError, match=r"again as 4 x 1 under jit; .* with shards=\(4, 1\)"):
+        jax.jit(lambda w: jf.shard(w, mesh, "a"))(w)
+
+
+OUT_SHARDINGS = {
+    "unknown": (P("zz"), ValueError, r"names mesh axis 'zz'; the mesh has \['a', 'b'\]"),
+    "long": (P(None, None, "a"), ValueError, r"has 3 entries, but the result is \[6, 32\]"),
+    "ragged": (P("a"), ValueError, r"dimension 0 of .* into 4, which does not divide 6; pad .* 8"),
+    "twice": (P("b", "b"), ValueError, "names mesh axis 'b' twice"),
+    "text": ("a", TypeError, "out_sharding is 'a'; pass a PartitionSpec"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_SHARDINGS)
+def test_out_sharding_says_what_to_change(case):
+    spec, error, message = OUT_SHARDINGS[case]
+    mesh = mesh_of(EXPLICIT)
+    w, x = jf.shard(jf.encode(W), mesh, columns="a"), put(mesh, X[:3].reshape(6, K), None, "a")
+    with pytest.raises(error, match=message):
+        jf.spmm(w, x, out_sharding=spec)
+
+
+@pytest.mark.parametrize("kind", [AUTO, None], ids=["auto", "no_mesh"])
+def test_out_sharding_counts_on_explicit_meshes_alone(kind):
+    w, x = jf.encode(W), X
+    if kind is not None:
+        w, x = jf.shard(w, mesh_of(kind), columns="a"), put(mesh_of(kind), X)
+    with pytest.raises(ValueError, match="neither W nor x lies on an Explicit mesh; leave it out"):
+        jf.spmm(w, x, out_sharding=P("a"))
+
+
+def test_rows_that_an_explicit_mesh_does_not_divide():
+    mesh = mesh_of(EXPLICIT)
+    w, x = put(mesh, jf.encode(W[:31], shards=4), "a"), put(mesh, X)
+    message = (
+        r"W has 31 rows .* \['a'\] of an Explicit mesh, 4 parts.*; pad W to 32, or take an Auto"
+    )
+    for f in (jf.spmm, jax.jit(jf.spmm), jax.grad(lambda w, x: jf.spmm(w, x).sum(), 1)):
+        with pytest.raises(ValueError, match=f"spmm: {message}"):
+            f(w, x)
+    with pytest.raises(ValueError, match=f"decode: {message}"):
+        jf.decode(w)
+    w = put(mesh, jf.encode(W[:28], shards=8), "a")  # padded, but the mesh divides it
+    for f in (jf.spmm, jax.jit(jf.spmm)):
+        np.testing.assert_array_equal(f(w, x), Y[..., :28])
+
+
 @both
 def test_splits_that_would_gather_the_weight(kind):
     mesh = mesh_of(kind)
