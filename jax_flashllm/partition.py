@@ -368,8 +368,8 @@ def cut(op: str, a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """`a` without the padding to whole blocks; on an Explicit mesh its parts have to stay alike."""
     if a.shape == shape:
         return a
-    sharding = explicit(jax.typeof(a))
-    for size, axes in zip(shape, _to_spec(sharding.spec, a.ndim) if sharding else (), strict=False):
+    sharding = jax.typeof(a).sharding  # says nothing on other meshes
+    for size, axes in zip(shape, _to_spec(sharding.spec, a.ndim), strict=True):
         parts = math.prod(sharding.mesh.shape[n] for n in axes)
         if size % parts:
             raise ValueError(

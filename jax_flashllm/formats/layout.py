@@ -6,6 +6,7 @@ import math
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,7 +72,7 @@ def place(w: SparseWeight, sharding: NamedSharding) -> SparseWeight:
 
 def relayout(w: SparseWeight, grid: tuple[int, int]) -> SparseWeight:
     """The same weight as (R, C) other blocks, in NumPy; one block at a time is dense."""
-    if any(isinstance(b, jax.core.Tracer) for b in jax.tree.leaves(w)):
+    if any(isinstance(b, Tracer) for b in jax.tree.leaves(w)):
         raise ValueError(
             f"shard: {w.row_shards} x {w.column_shards} blocks (rows x columns) cannot be laid out "
             f"again as {grid[0]} x {grid[1]} under jit; call shard before it, or encode with "
