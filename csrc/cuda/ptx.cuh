@@ -89,16 +89,6 @@ __device__ __forceinline__ void CopyAsyncZero16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, 0;" ::"r"(dst), "l"(src) : "memory");
 }
 
-__device__ __forceinline__ void CopyAsyncCommit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Waits for all groups of this thread but the last kPending.
-template <int kPending>
-__device__ __forceinline__ void CopyAsyncWait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // Arrives once the copies that this thread has issued so far are done.
 __device__ __forceinline__ void CopyAsyncArrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
@@ -143,27 +133,7 @@ __device__ __forceinline__ void BulkCopyOnce(uint32_t dst, const void* src, uint
 }
 #endif
 
-__device__ __forceinline__ bool BarrierTest(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
-      " selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-#else
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
-      " selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-#endif
-  return done;
-}
-
-// The same, at once.
+// Whether the phase of this parity is over, at once.
 __device__ __forceinline__ bool BarrierLook(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -173,6 +143,22 @@ __device__ __forceinline__ bool BarrierLook(uint32_t barrier, uint32_t parity) {
       : "r"(barrier), "r"(parity)
       : "memory");
   return done;
+}
+
+// The same, after waiting for it a while where the hardware can.
+__device__ __forceinline__ bool BarrierTest(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+      " selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+#else
+  return BarrierLook(barrier, parity);
+#endif
 }
 
 __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
@@ -227,18 +213,6 @@ template <typename T>
 __device__ __forceinline__ T* Keep(T* p) {
   const uint64_t v = reinterpret_cast<uint64_t>(p);
   return reinterpret_cast<T*>(__shfl_sync(~0u, v, threadIdx.x % 32));
-}
-
-// True in one lane. The compiler knows, and keeps what a bulk copy needs in uniform registers.
-__device__ __forceinline__ bool Elect() {
-#if __CUDA_ARCH__ >= 900
-  uint32_t elected;
-  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }"
-               : "=r"(elected));
-  return elected;
-#else
-  return threadIdx.x % 32 == 0;
-#endif
 }
 
 // ---- arithmetic ----
