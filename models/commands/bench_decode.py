@@ -40,8 +40,9 @@ READ_BYTES = 2 << 30
 
 # Names of GPU kernels, first match wins.
 KINDS = [
-    ("spmm", r"BitmapKernel|TiledCslKernel"),
+    ("spmm", r"BitmapKernel|TiledCslKernel|WideKernel|ChainKernel"),
     ("spmm, before and after", r"ClearFlags|Combine|Prepare"),
+    ("W made dense", r"BitmapConvert|TiledCslConvert"),
     ("attention", r"AttentionKernel|cudnn|flash_fprop"),
     ("dense products", r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitK"),
     ("copies", r"[Mm]emcpy|[Mm]emset|wrapped_copy|^copy|_copy_"),
@@ -118,6 +119,7 @@ class Result:
     compile_prefill_s: float
     compile_decode_s: float
     kinds: str  # microseconds a step by kind of kernel
+    prompt_kinds: str  # microseconds of the prompt
 
 
 def run(args: argparse.Namespace) -> None:
@@ -264,19 +266,22 @@ class _Runner:
             program.result() for program in self.programs
         )
 
-    def prompt(self) -> tuple[Any, float]:
-        """The state after a prompt, and the median seconds of it."""
+    def prompt(self) -> tuple[Any, float, dict[str, float]]:
+        """The state after a prompt, the median seconds of it, and microseconds by kind."""
         import jax
 
+        def run() -> Any:
+            return jax.block_until_ready(self.prefill(*self.operands))
+
+        run()  # warms up
+        kinds, _ = profile(run, 1)
         seconds, state = [], None
-        for _ in range(ROUNDS + 1):  # the first one warms up
+        while len(seconds) < ROUNDS and sum(seconds) < SECONDS / 2:
             state = None  # one cache at a time
             begin = time.perf_counter()
-            state = jax.block_until_ready(self.prefill(*self.operands))
+            state = run()
             seconds.append(time.perf_counter() - begin)
-            if len(seconds) > 1 and sum(seconds) > SECONDS / 2:
-                break
-        return state, statistics.median(seconds[1:])
+        return state, statistics.median(seconds), kinds
 
     def window(self, state: Any, length: int, steps: int) -> tuple[Any, float]:
         """`steps` steps in one dispatch, the first one with `length` slots: seconds of each."""
@@ -305,7 +310,7 @@ class _Runner:
 
         args, config, batch = self.args, self.config, self.batch
         device = jax.devices()[0]
-        state, prefill_s = self.prompt()
+        state, prefill_s, prompt_kinds = self.prompt()
         # Zeros can be read faster than numbers: slots that later tokens fill get random ones now.
         keys = iter(jax.random.split(jax.random.key(1, impl="rbg"), 2 * config.num_hidden_layers))
         filled = dataclasses.replace(
@@ -363,7 +368,7 @@ class _Runner:
             prefill_tokens_s=round(batch * args.prompt / prefill_s, 1),
             build_s=round(build, 2), compile_prefill_s=round(self.prefill_s, 2),
             compile_decode_s=round(self.decode_s, 2),
-            kinds="; ".join(f"{kind} {us:.1f}" for kind, us in kinds.items()),
+            kinds=_sums(kinds), prompt_kinds=_sums(prompt_kinds),
         )  # fmt: skip
 
 
@@ -447,6 +452,10 @@ def profile(work: Callable[[], Any], steps: int) -> tuple[dict[str, float], floa
     return dict(sorted(sums.items(), key=lambda item: -item[1])), launches / steps
 
 
+def _sums(kinds: dict[str, float]) -> str:
+    return "; ".join(f"{kind} {us:.1f}" for kind, us in kinds.items())
+
+
 def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), OTHER)
 
@@ -476,6 +485,7 @@ def describe(r: Result) -> str:
     ]
     if r.kinds:
         lines.append(f"  us a step: {r.kinds}")
+        lines.append(f"  us of the prompt: {r.prompt_kinds}")
     return "\n".join(lines)
 
 
