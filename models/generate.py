@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jax_flashllm.formats.weight import check_process
+from jax_flashllm.formats.weight import check_process, room
 from jax_flashllm.models import memory
 from jax_flashllm.models.cache import DTYPES, KVCache
 from jax_flashllm.models.config import OPTConfig
@@ -86,7 +86,9 @@ def generate(
     ids, mask = np.pad(ids, left, constant_values=pad), np.pad(mask, left)
     if model.layout is not None:
         model.layout.check_rows(B, "generate")
-    with model_mesh(model.layout):
+    what = f"{B} rows of {T + max_new_tokens} tokens"
+    fewer = "pass fewer rows, ask for fewer tokens, or take cache_dtype=jnp.float8_e4m3fn"
+    with model_mesh(model.layout), room("generate", what, fewer):
         slots = _bucket(bucket + max_new_tokens - 1, least=64, steps=8)
         programs, weights = programs_of(model, cache_dtype)
         if model.layout is None:
@@ -95,7 +97,7 @@ def generate(
                 f"generate: {B} rows of {slots} tokens",
                 memory.estimate(config, 0, B, slots, bucket, item),
                 memory.free_bytes(),
-                "pass fewer rows, ask for fewer tokens, or take cache_dtype=jnp.float8_e4m3fn",
+                fewer,
             )
         end_table = _table(ends)
         draws = None if sampling is None else row_uniforms(seed, B, max_new_tokens).T

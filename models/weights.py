@@ -28,6 +28,7 @@ from jax_flashllm.formats import (
     smaller_format,
 )
 from jax_flashllm.formats.layout import place
+from jax_flashllm.formats.weight import room
 from jax_flashllm.models import checkpoint, memory
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout, model_mesh
@@ -37,6 +38,7 @@ from jax_flashllm.nn import SparseDense
 # 16-bit tables up to this size are widened for float32 activations, which saves the demo model 0.2
 # ms a token. Larger ones are widened in use (opt.WIDEN_AT_ONCE).
 WIDEN_TABLE_BYTES = 4 << 20
+_SMALLER = "prune it further, or load it over several devices with mesh="
 
 _FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
 # Where the decoder lies: OPTForCausalLM's files, OPTModel's, and bare decoders.
@@ -79,7 +81,7 @@ def load(
             leave=False,
             disable=None,
         )
-        with progress as bar, model_mesh(layout):
+        with progress as bar, model_mesh(layout), room("opt.load", str(ckpt.path), _SMALLER):
             loader.on_read = bar.update
             return OPT(
                 config,
@@ -104,7 +106,7 @@ def _check_fits(names: _Names, config: OPTConfig, compute: np.dtype) -> None:
         f"opt.load: {names.ckpt.path}",
         memory.Estimate(need, 0, 0),
         memory.free_bytes(),
-        "prune it further, or load it over several devices with mesh=",
+        _SMALLER,
     )
 
 

@@ -456,6 +456,24 @@ def test_many_negative_zeros_are_warned_of():
         assert jf.encode(w).nnz == w.size
 
 
+def test_a_device_without_room_is_named(monkeypatch):
+    """tests/stress/gpu_memory.py fills a GPU."""
+
+    def fail(text):
+        def put(*args):
+            raise jax.errors.JaxRuntimeError(text)
+
+        monkeypatch.setattr(jax, "device_put", put)
+
+    fail("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+    said = r"RESOURCE_EXHAUSTED: encode: no room on cpu:0 for W \(4, 4\) encoded \(Out of memory "
+    with pytest.raises(jax.errors.JaxRuntimeError, match=said + r"allocating 123 bytes\.\); drop"):
+        jf.encode(np.eye(4, dtype=np.float16))
+    fail("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"^INTERNAL: something else$"):
+        jf.encode(np.eye(4, dtype=np.float16))
+
+
 # ---- blocks of rows and columns ----
 
 

@@ -295,3 +295,20 @@ def test_nan_logits_are_an_error_not_a_token(model, temperature):
             generate(model, PROMPT, 4, temperature=temperature)
     finally:
         bias[...] = old
+
+
+def test_a_device_without_room_is_named(model, monkeypatch):
+    """Where XLA says so; mostly memory.py has, before anything runs. The next call works."""
+    expected = generate(model, PROMPT, 4)
+
+    def prefill(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    programs, _ = generation.programs_of(model)
+    said = r"generate: no room on .* for 1 rows of 8 tokens \(Out of .* 123 bytes\.\); pass fewer"
+    with monkeypatch.context() as m:
+        m.setattr(programs, "prefill", prefill)
+        m.setattr(programs, "compile", lambda *args: None)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=said):
+            generate(model, PROMPT, 4)
+    np.testing.assert_array_equal(generate(model, PROMPT, 4), expected)

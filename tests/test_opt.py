@@ -411,3 +411,19 @@ def test_a_damaged_packed_model_is_refused_or_loads(tmp_path):
             opt.load(tmp_path / "m")
             loaded += 1
     assert 0 < loaded < 25
+
+
+def test_a_device_without_room_is_named(tmp_path, monkeypatch):
+    """Where XLA says so; mostly memory.py has, before anything is read."""
+
+    def put(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    config = tiny_opt.config("plain")
+    tiny_opt.save(tmp_path, config, tiny_opt.weights(config))
+    monkeypatch.setattr(jax, "device_put", put)
+    said = (
+        r"^RESOURCE_EXHAUSTED: opt\.load: no room on .* \(Out of .* 123 bytes\.\); prune it further"
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match=said):
+        opt.load(tmp_path)

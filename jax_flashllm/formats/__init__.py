@@ -12,7 +12,7 @@ from jax_flashllm import _flashllm
 from jax_flashllm.formats import on_gpu
 from jax_flashllm.formats.bitmap import Bitmap
 from jax_flashllm.formats.tiled_csl import TiledCSL
-from jax_flashllm.formats.weight import SparseWeight, check_dense, check_process, words
+from jax_flashllm.formats.weight import SparseWeight, check_dense, check_process, room, words
 
 __all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
 
@@ -43,22 +43,25 @@ def encode(
     in a hundred is -0.0, a UserWarning says so. `jnp.where(mask, w, 0)` and `w + 0` make none.
 
     Returns a `Bitmap` or a `TiledCSL`. Raises TypeError for other dtypes and under tracing,
-    ValueError for other ranks, empty matrices, or `shards` out of range.
+    ValueError for other ranks, empty matrices, or `shards` out of range, and JAX's own
+    JaxRuntimeError, RESOURCE_EXHAUSTED, where the device has no room.
     """
     check_process("encode")
     _check_format(format)
-    if on_gpu.lies_on_gpu(dense):
-        grid = check_dense(dense, shards)
-        step = _sample_step(dense)
-        if format == "auto":
-            nonzeros = np.asarray(on_gpu.count_nonzeros(dense))
-            format = smaller_format(nonzeros.sum(dtype=np.int64) / dense.size)
-        w, negative_zeros = on_gpu.encode(dense, format, grid, step)
-    else:
-        # jnp.asarray would compile a program for every new shape; device_put compiles none.
-        w = jax.device_put(encode_on_host(dense, format, shards))
-        step = _sample_step(dense)
-        negative_zeros = np.count_nonzero(words(dense)[::step] == 0x8000)
+    advice = "drop arrays that nobody needs any more, or encode for several devices with `shard`"
+    with room("encode", f"W {getattr(dense, 'shape', '')} encoded", advice):
+        if on_gpu.lies_on_gpu(dense):
+            grid = check_dense(dense, shards)
+            step = _sample_step(dense)
+            if format == "auto":
+                nonzeros = np.asarray(on_gpu.count_nonzeros(dense))
+                format = smaller_format(nonzeros.sum(dtype=np.int64) / dense.size)
+            w, negative_zeros = on_gpu.encode(dense, format, grid, step)
+        else:
+            # jnp.asarray would compile a program for every new shape; device_put compiles none.
+            w = jax.device_put(encode_on_host(dense, format, shards))
+            step = _sample_step(dense)
+            negative_zeros = np.count_nonzero(words(dense)[::step] == 0x8000)
     share = negative_zeros / (-(-dense.shape[0] // step) * dense.shape[1])
     if share > 0.01:
         warnings.warn(

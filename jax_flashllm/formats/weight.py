@@ -6,10 +6,12 @@ start with an axis of S = R C shards, shard c R + r being row block r of column 
 makes them as long as the longest.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
@@ -309,6 +311,27 @@ def check_process(op: str) -> None:
             "the copy: it would hang. Start processes with multiprocessing's 'spawn' or "
             "'forkserver', or fork before the first weight is encoded"
         )
+
+
+@contextlib.contextmanager
+def room(op: str, what: str, advice: str) -> Iterator[None]:
+    """Where the device runs out of memory inside, the error says for what, and what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        device = jax.devices()[0]
+        stats = device.memory_stats() or {}
+        used = f", where {stats['bytes_in_use'] / 1e6:.1f} MB are in use" if stats else ""
+        if "bytes_limit" in stats:
+            used += f" of {stats['bytes_limit'] / 1e6:.1f}"
+        inner = error.__cause__  # of an `encode` inside, what XLA said
+        text = str(inner if isinstance(inner, jax.errors.JaxRuntimeError) else error)
+        text = text.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        raise jax.errors.JaxRuntimeError(
+            f"RESOURCE_EXHAUSTED: {op}: no room on {device} for {what}{used} ({text}); {advice}"
+        ) from error
 
 
 def check_dense(dense, shards: int | tuple[int, int]) -> tuple[int, int]:
