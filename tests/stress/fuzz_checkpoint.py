@@ -1,10 +1,12 @@
 """Mutates checkpoint files and reads them with the real loader.
 
     python tests/stress/fuzz_checkpoint.py --count 1000000 --seed 1
+    python tests/stress/fuzz_checkpoint.py --load --count 100000
 
 Every mutation must end in CheckpointError, with file and field, or in tensors of the declared
 shapes; of config.json and of a whole model's names also in the model's own ValueError. Anything
-else, or a read of more than a second of CPU time, stops the run and keeps the file.
+else, or a read of more than a second of CPU time, stops the run and keeps the file. --load has
+`opt.load` read a packed model, damaged anywhere: its bits go straight to the C++ encoder.
 
 Memory: a first twentieth of the mutations is measured. After it the process may not grow past 2x
 the file + 64 MB, which the system sees to: MemoryError, also as a CheckpointError's cause, stops
@@ -39,6 +41,7 @@ from checkpoint_files import (
     weights,
 )
 
+from jax_flashllm.models import opt
 from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint, save_packed
 from jax_flashllm.models.weights import verify
 
@@ -88,6 +91,15 @@ def read(path: pathlib.Path) -> CheckpointError | None:
         return e
 
 
+def load(path: pathlib.Path) -> ValueError | None:
+    """None if the mutation was loaded as a model."""
+    try:
+        opt.load(path)
+        return None
+    except ValueError as e:  # a CheckpointError is one
+        return e
+
+
 def limit_memory(more: int) -> None:
     """Lets the address space of this process grow by `more` bytes."""
     size = re.search(r"VmSize:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())
@@ -99,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--load", action="store_true", help="whole packed models, by opt.load")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
     directory = pathlib.Path(tempfile.mkdtemp(dir="/dev/shm"))
@@ -107,14 +120,19 @@ def main() -> None:
     slowest = highest = 0.0
     for kind, (_, _, others) in kinds.items():
         model_dir(directory / kind, **others)
+    if options.load:  # what JAX sets up at first is not the file's
+        (directory / "model/model.safetensors").write_bytes(kinds["model"][1])
+        assert load(directory / "model") is None
     tqdm.tqdm.monitor_interval = 0  # its thread would reserve address space of its own
     tracemalloc.start()
     began = time.monotonic()
     files = [kind for kind in kinds if kind not in WHOLE]
     for i in tqdm.trange(options.count, mininterval=30):
         kind = WHOLE[i // 32 % 2] if i % 32 == 0 else files[i % len(files)]
+        if options.load:
+            kind = "model"
         name, data, _ = kinds[kind]
-        data = mutate(data, rng, focus=1500)
+        data = mutate(data, rng, focus=len(data) if options.load and i % 4 else 1500)
         (directory / kind / name).write_bytes(data)
         if i == options.count // 20:
             tracemalloc.stop()
@@ -124,9 +142,12 @@ def main() -> None:
             tracemalloc.reset_peak()
         start = time.process_time()
         try:
-            error = read(directory / kind)
+            error = (load if options.load else read)(directory / kind)
             seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
-            assert error is None or (error.field and error.file and str(error).encode())
+            if isinstance(error, CheckpointError):
+                assert error.field
+                assert error.file
+                assert str(error).encode()
             assert error is None or not isinstance(error.__cause__, MemoryError)
             assert seconds < 1, f"{seconds} s"
             assert peak < 2 * len(data) + (64 << 20), f"{peak} bytes"
@@ -136,7 +157,8 @@ def main() -> None:
         counts[kind][error is None] += 1
         slowest, highest = max(slowest, seconds), max(highest, peak)
     for kind, (refused, accepted) in counts.items():
-        print(f"{kind:12} {refused + accepted:9} mutations, {refused} refused, {accepted} read")
+        if refused + accepted:
+            print(f"{kind:12} {refused + accepted:9} mutations, {refused} refused, {accepted} read")
     shutil.rmtree(directory)
     print(
         f"slowest {slowest * 1e3:.0f} ms, highest peak {highest / 1e6:.1f} MB, "

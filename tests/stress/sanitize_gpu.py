@@ -4,10 +4,11 @@
     compute-sanitizer --tool memcheck python tests/stress/sanitize_gpu.py --garbage 200
 
 Handlers are called as XLA calls them, through a call frame, here made by ctypes; memory comes from
-the CUDA driver. Products, decoding and sampling of small weights reach every kernel: each group of
-tokens, x in terms, ragged K, split K. --garbage changes offsets, masks, codes and positions first:
-results are then any numbers, but no access may leave a buffer. --host runs the CPU's handlers,
-which checks this script where there is no GPU.
+the CUDA driver. Products, decoding, sampling and encoding of small weights and attention over small
+caches reach every kernel: each group of tokens, x in terms, ragged K, split K, each head size.
+The last line names the handlers that were not called. --garbage changes offsets, masks, codes,
+positions and lengths first: results are then any numbers, but no access may leave a buffer.
+--host runs the CPU's handlers, which checks this script where there is no GPU.
 """
 
 import argparse
@@ -32,10 +33,14 @@ from reference import FLOATS, FORMATS, HALVES, assert_product, bits, damage, spa
 import jax_flashllm as jf
 from jax_flashllm import _flashllm, plan
 from jax_flashllm.formats import on_gpu
+from jax_flashllm.models import attention
+from jax_flashllm.models import cache as caches
 
 P, I64 = c.c_void_p, c.c_int64
-DTYPES = {"uint8": 6, "uint32": 8, "float16": 10, "float32": 11, "bfloat16": 16, "int64": 5}
+DTYPES = {"uint8": 6, "uint32": 8, "float16": 10, "float32": 11, "bfloat16": 16, "int64": 5,
+          "bool": 1, "int32": 4, "float8_e4m3fn": 20}  # fmt: skip
 INITIALIZE, EXECUTE = 2, 3
+CACHES = [np.dtype(t) for t in caches.DTYPES]
 
 
 # ---- XLA's C interface (xla/ffi/api/c_api.h) ----
@@ -79,7 +84,7 @@ class Runtime:
         self.host, self.message = host, ""
         self.targets = _flashllm.cpu_targets() if host else _flashllm.cuda_targets()
         self.api = Api(struct_size=c.sizeof(Api))
-        self.kept = []
+        self.kept, self.called = [], set()
         for name, kind, function in [
             ("Error_Create", ErrorArgs, self._error),
             ("Stream_Get", StreamArgs, lambda args: setattr(args[0], "stream", None)),
@@ -125,8 +130,12 @@ class Runtime:
             self.check("cuMemcpyHtoD_v2", pointer, P(array.ctypes.data), c.c_size_t(bytes))
         return pointer, pointer.value
 
-    def call(self, target: str, out, *operands, **attributes) -> list[np.ndarray]:
-        """Results of the handler; raises Refused with its message."""
+    def call(self, target: str, out, *operands, aliases=(), **attributes) -> list[np.ndarray]:
+        """Results of the handler; raises Refused with its message.
+
+        aliases: pairs (result, operand) of which one buffer is both.
+        """
+        self.called.add(target)
         outs = out if isinstance(out, tuple | list) else (out,)
         arrays = [np.ascontiguousarray(o) for o in operands]
         memory = [self.allocate(a, a.nbytes) for a in arrays]
@@ -137,12 +146,14 @@ class Runtime:
         results = []
         try:
             at = [address for _, address in memory]
+            for result, operand in aliases:
+                at[len(arrays) + result] = at[operand]
             args = [(a.dtype, a.shape, p) for a, p in zip(arrays, at, strict=False)]
             rets = [(o.dtype, o.shape, p) for o, p in zip(outs, at[len(arrays) :], strict=True)]
             self._call(handler, EXECUTE, args, rets, attributes)
             if not self.host:
                 self.check("cuCtxSynchronize")
-            for o, size, (_, address) in zip(outs, sizes, memory[len(arrays) :], strict=True):
+            for o, size, address in zip(outs, sizes, at[len(arrays) :], strict=True):
                 result = np.empty(o.shape, o.dtype)
                 if self.host:
                     c.memmove(result.ctypes.data, address, size)
@@ -202,14 +213,15 @@ def spmm(run: Runtime, w, x, bias, activation):
     operands = [*map(np.asarray, w.buffers), np.asarray(w.values), x, bias]
 
     def call(op, format, out, *operands, **attributes):
-        return run.call(f"flashllm_{op}_{format}_v1", out, *operands, **attributes)
+        results = run.call(f"flashllm_{op}_{format}_v1", out, *operands, **attributes)
+        return results if isinstance(out, tuple) else results[0]
 
     if run.host:
         out = jax.ShapeDtypeStruct((*x.shape[:-1], w.shards * w.shard_rows), x.dtype)
         m, k = w.shape
-        return call("spmm", w.format, out, *operands, m=m, k=k, activation=code)[0][:, :m]
+        return call("spmm", w.format, out, *operands, m=m, k=k, activation=code)[:, :m]
     y = plan.spmm(call, *operands, format=w.format, shape=w.shape, activation=activation)
-    return y[:, : w.shape[0]]
+    return np.asarray(y)[:, : w.shape[0]]
 
 
 def decode(run: Runtime, w):
@@ -237,6 +249,22 @@ def encode(run: Runtime, dense, w, damaged=None) -> list[np.ndarray]:
     known = known if damaged is None else damaged
     rest = on_gpu.fill.__wrapped__(known, jnp.asarray(dense), **sizes, **how)
     return [*known, *rest]
+
+
+def attend(run: Runtime, qkv, keys, values, mask, length) -> list[np.ndarray]:
+    """A token's attention, and the cache after it."""
+    y = np.empty((qkv.shape[0], qkv.shape[2] * qkv.shape[3]), qkv.dtype)
+    operands = qkv, keys, values, mask, np.int32(length)
+    return run.call(attention._TARGET, (y, keys, values), *operands, aliases=[(1, 1), (2, 2)])
+
+
+def cache(rng, token, cached, d, slots):
+    """Operands of `attend`: 2 rows, 3 heads."""
+    qkv = rng.standard_normal((2, 3, 3, d), np.float32).astype(token)
+    keys, values = (rng.standard_normal((6, slots, d), np.float32).astype(cached) for _ in range(2))
+    length = int(rng.integers(slots))
+    mask = np.arange(slots) >= rng.integers(0, length + 1, (2, 1))
+    return qkv, keys, values, mask, length
 
 
 def weight(shape, dtype, density, format, shards, seed):
@@ -269,6 +297,25 @@ def valid(run: Runtime, quick: bool) -> int:
             for got, want in zip(encode(run, dense, w), [*expected, w.values], strict=True):
                 np.testing.assert_array_equal(bits(got), bits(want))
         count += 4
+    if run.host:
+        return count
+    # 512 tokens, for which W is decoded and XLA multiplies.
+    for format in FORMATS:
+        dense, w = weight((40, 136), np.float16, 0.3, format, 1, 0)
+        x = np.random.default_rng(0).standard_normal((512, 136), np.float32).astype(np.float16)
+        assert_product(spmm(run, w, x, None, None), x, dense, None, None)
+        count += 1
+    # One lane to 32 a slot, some of them past the head's end; one round of slots and several.
+    for i, (cached, d) in enumerate(itertools.product(CACHES, (16, 32, 48, 64, 80, 128, 256))):
+        if d * cached.itemsize > 512 or (quick and i % 3):
+            continue
+        rng = np.random.default_rng(i)
+        operands = cache(rng, FLOATS[i % 3], cached, d, (5, 130, 700)[i % 3])
+        got, want = attend(run, *operands), attention._decode_xla(*operands)
+        for g, e, tolerance in zip(got, want, (2.0**-6, 0, 0), strict=True):
+            g, e = (np.asarray(a, np.float32) for a in (g, e))
+            np.testing.assert_allclose(g, e, rtol=tolerance, atol=tolerance)
+        count += 1
     return count
 
 
@@ -300,6 +347,11 @@ def garbage(run: Runtime, count: int, seed: int) -> int:
         if not run.host:
             known = [index, offsets] if format == "bitmap" else [offsets]
             calls.append((encode, dense, w, known))
+            cached = CACHES[i % len(CACHES)]
+            operands = [*cache(rng, token, cached, int(rng.integers(1, 17)) * 16, n)]
+            operands[3] = rng.integers(0, 256, operands[3].shape, np.uint8).view(bool)
+            operands[4] = rng.integers(-(2**31), 2**31)
+            calls.append((attend, *operands))
         for call, *args in calls:
             try:
                 call(run, *args)
@@ -321,7 +373,9 @@ def main() -> None:
         done = f"{options.garbage} damaged weights, {refused} calls refused"
     else:
         done = f"{valid(run, options.quick)} calls on what encode wrote, all right"
-    print(f"sanitize_gpu: {done}, {time.monotonic() - start:.1f} s", flush=True)
+    missing = ", ".join(sorted(run.targets.keys() - run.called)) or "none"
+    took = f"{time.monotonic() - start:.1f} s"
+    print(f"sanitize_gpu: {done}, {took}; handlers not called: {missing}", flush=True)
 
 
 if __name__ == "__main__":
