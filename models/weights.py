@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -113,9 +113,12 @@ def _check_fits(names: _Names, config: OPTConfig, compute: np.dtype) -> None:
 def verify(ckpt: checkpoint.Checkpoint) -> tuple[_Names, OPTConfig]:
     """Its tensors and its config, when every tensor that the config asks for is there, so shaped.
 
-    Raises ValueError naming the first that is not. Reads no weights.
+    Raises CheckpointError naming the first that is not. Reads no weights.
     """
-    config = OPTConfig.from_dict(ckpt.config)
+    try:
+        config = OPTConfig.from_dict(ckpt.config)
+    except ValueError as e:
+        raise checkpoint.CheckpointError(ckpt.path, "config.json", str(e)) from e
     names = _Names(ckpt)
     declared = Declared(config)
     # One layer more than there are is enough to find one missing: 4096 would take seconds.
@@ -181,9 +184,9 @@ class _Names:
         embed = "embed_tokens.weight"
         prefix = next((p for p in _PREFIXES if p + embed in stored), None)
         if prefix is None:
-            raise ValueError(
-                f"opt.load: {ckpt.path} has no tensor {_PREFIXES[0] + embed!r}; is it an OPT "
-                f"checkpoint? It holds {', '.join(map(repr, sorted(stored)[:3]))}, ..."
+            held = ", ".join(map(checkpoint.quote, sorted(stored)[:3]))
+            self._fail(
+                _PREFIXES[0] + embed, f"is missing; is it an OPT checkpoint? It holds {held}"
             )
         self.prefix = prefix
         self.stored: dict[str, str] = {}
@@ -191,41 +194,46 @@ class _Names:
         for name in sorted(stored - {prefix + "version"}):
             own = name.removeprefix(prefix)
             if own in self.stored:
-                raise ValueError(
-                    f"opt.load: {ckpt.path} holds {own!r} twice, as {self.stored[own]!r} and "
-                    f"{name!r}. Remove one of them."
-                )
+                self._fail(name, f"is {self.stored[own]!r} once more; remove one of them")
             self.stored[own] = name
 
+    def _fail(self, name: str, problem: str) -> NoReturn:
+        raise checkpoint.CheckpointError(
+            self.ckpt.path, f"tensor {checkpoint.quote(name)}", problem
+        )
+
     def check(self, shapes: dict[str, tuple[int, ...]], config: OPTConfig) -> None:
-        """Raises ValueError unless exactly the tensors of `shapes` are stored, so shaped."""
+        """Raises CheckpointError unless exactly the tensors of `shapes` are stored, so shaped."""
         missing = [name for name in shapes if name not in self.stored]
         extra = [name for name in self.stored if name not in shapes]
         if "lm_head.weight" in extra and config.tie_word_embeddings:
             extra.remove("lm_head.weight")
             self._check_tied()
-        where = f"opt.load: {self.ckpt.path}"
         if missing:
             name = missing[0]
-            raise ValueError(
-                f"{where}: tensor {self.prefix + name!r} {list(shapes[name])} is missing"
-                f"{_more(missing)}; config.json asks for it. Fetch both files again."
+            self._fail(
+                self.prefix + name,
+                f"{list(shapes[name])} is missing{_more(missing)}; config.json asks for it: fetch "
+                "both files again",
             )
         if extra:
-            raise ValueError(
-                f"{where}: tensor {self.stored[extra[0]]!r} is not part of the model that "
-                f"config.json describes{_more(extra)}. Fetch both files again."
+            self._fail(
+                self.stored[extra[0]],
+                f"is not part of the model that config.json describes{_more(extra)}; fetch both "
+                "files again",
             )
         for name, shape in shapes.items():
             if self.shape(name) != shape:
-                raise ValueError(
-                    f"{where}: tensor {self.stored[name]!r} is {list(self.shape(name))} but "
-                    f"config.json makes it {list(shape)}. Fetch both files again."
+                self._fail(
+                    self.stored[name],
+                    f"is {list(self.shape(name))} but config.json makes it {list(shape)}; fetch "
+                    "both files again",
                 )
             if self.dtype(name) not in _FLOATS:
-                raise ValueError(
-                    f"{where}: tensor {self.stored[name]!r} is {self.dtype(name)}; float16, "
-                    "bfloat16 and float32 are supported. Convert the checkpoint."
+                self._fail(
+                    self.stored[name],
+                    f"is {self.dtype(name)}; float16, bfloat16 and float32 are supported: convert "
+                    "the checkpoint",
                 )
 
     def _check_tied(self) -> None:
@@ -234,10 +242,10 @@ class _Names:
         same = self.shape(head) == self.shape(table) and self.dtype(head) == self.dtype(table)
         # Bytes, so that NaN equals itself.
         if not same or self.read(head).tobytes() != self.read(table).tobytes():
-            raise ValueError(
-                f"opt.load: {self.ckpt.path}: tensor {self.stored[head]!r} differs from "
-                f"{self.stored[table]!r}, but config.json ties them; set tie_word_embeddings to "
-                "false there to use both."
+            self._fail(
+                self.stored[head],
+                f"differs from {self.stored[table]!r}, but config.json ties them; set "
+                "tie_word_embeddings to false there to use both",
             )
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -184,7 +184,7 @@ def test_a_tensor_under_two_names_is_refused(tmp_path):
     tensors = tiny_opt.weights(config)
     tensors[FC1.removeprefix("model.decoder.")] = tensors[FC1] + 1
     tiny_opt.save(tmp_path, config, tensors)
-    with pytest.raises(ValueError, match=r"holds 'layers.*fc1.weight' twice"):
+    with pytest.raises(ValueError, match=r"fc1.weight': is 'layers.*fc1.weight' once more"):
         opt.load(tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_named(tmp_path, edit, words):
     tensors = tiny_opt.weights(config)
     edit(config, tensors)
     tiny_opt.save(tmp_path, config, tensors)
-    with pytest.raises(ValueError, match=r"OPT|opt") as error:
+    with pytest.raises(CheckpointError) as error:
         opt.load(tmp_path)
     for word in words:
         assert word in str(error.value)

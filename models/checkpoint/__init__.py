@@ -1,6 +1,6 @@
 """Reading and writing model directories."""
 
-from .base import CheckpointError
+from .base import CheckpointError, quote
 from .reader import Checkpoint, open_checkpoint
 from .save import check_destination, new_parents, save_packed
 
@@ -10,5 +10,6 @@ __all__ = [
     "check_destination",
     "new_parents",
     "open_checkpoint",
+    "quote",
     "save_packed",
 ]
