@@ -9,7 +9,9 @@
 //
 // The handlers are called as XLA calls them, through a call frame, on a small thread pool. Every
 // buffer is an allocation of its own exact size, so that one byte read or written beside it ends
-// the program. One number, printed every thousand rounds, repeats a round.
+// the program. One number, printed every thousand rounds, repeats a round. With
+// -DFLASHLLM_LIBFUZZER the choices are libFuzzer's, which looks for those that reach new code.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -32,7 +34,26 @@ struct XLA_FFI_Error {
 namespace flashllm {
 namespace {
 
-using Rng = std::mt19937_64;
+using Generator = std::mt19937_64;
+
+// A fuzzer's bytes, four a number, as long as they last; then a generator's numbers.
+class Rng {
+ public:
+  explicit Rng(uint64_t seed) : more_(seed) {}
+  Rng(const uint8_t* data, size_t size) : data_(data), left_(size), more_(size) {}
+  uint64_t operator()() {
+    if (left_ < 4) return more_();
+    uint32_t v;
+    std::memcpy(&v, data_, 4);
+    data_ += 4, left_ -= 4;
+    return v;
+  }
+
+ private:
+  const uint8_t* data_ = nullptr;
+  size_t left_ = 0;
+  Generator more_;
+};
 
 int64_t Below(Rng& rng, int64_t n) {
   return static_cast<int64_t>(rng() % static_cast<uint64_t>(n));
@@ -185,11 +206,12 @@ Buffer RandomMatrix(Rng& rng, int64_t m, int64_t k, XLA_FFI_DataType dtype) {
   const uint64_t threshold = density >= 1 ? ~0ull : static_cast<uint64_t>(density * 0x1p64);
   const int64_t row0 = Below(rng, m), col0 = Below(rng, k);  // at times of one tile alone
   const bool patch = rng() % 3 == 0;
+  Generator bits(rng());
   for (int64_t r = 0; r < m; ++r)
     for (int64_t c = 0; c < k; ++c) {
       const bool inside = !patch || (r >= row0 && r < row0 + 64 && c >= col0 && c < col0 + 128);
-      const bool stored = inside && rng() <= threshold && density > 0;
-      dense.As<uint16_t>()[r * k + c] = stored ? static_cast<uint16_t>(rng()) : 0;
+      const bool stored = inside && bits() <= threshold && density > 0;
+      dense.As<uint16_t>()[r * k + c] = stored ? static_cast<uint16_t>(bits()) : 0;
     }
   return dense;
 }
@@ -228,11 +250,12 @@ Weight EncodePacked(Rng& rng, const Buffer& dense) {
   std::vector<uint16_t> stored;
   bool plain = true;
   const bool zeros = rng() % 4 == 0;  // at times zeros have a bit too
+  Generator which(rng());
   for (int64_t r = 0; r < m; ++r) {
     starts.As<int64_t>()[r] = static_cast<int64_t>(stored.size());
     for (int64_t c = 0; c < k; ++c) {
       const uint16_t v = dense.As<uint16_t>()[r * k + c];
-      if (!v && !(zeros && rng() % 8 == 0)) continue;
+      if (!v && !(zeros && which() % 8 == 0)) continue;
       bits.As<uint8_t>()[r * row_bytes + c / 8] |= 1 << (c % 8);
       stored.push_back(v);
       plain &= v != 0x8000;
@@ -272,7 +295,8 @@ constexpr XLA_FFI_DataType kFloats[] = {XLA_FFI_DataType_F16, XLA_FFI_DataType_B
                                         XLA_FFI_DataType_F32};
 
 void FillRandom(Rng& rng, const Buffer& b) {
-  for (size_t i = 0; i < b.bytes; ++i) b.data.get()[i] = static_cast<uint8_t>(rng());
+  Generator bits(rng());
+  for (size_t i = 0; i < b.bytes; ++i) b.data.get()[i] = static_cast<uint8_t>(bits());
 }
 
 // A product with random x (Inf and NaN among it), bias and activation.
@@ -408,8 +432,7 @@ void Expect(bool ok, const char* what, uint64_t round) {
   std::abort();
 }
 
-void Round(uint64_t seed) {
-  Rng rng(seed);
+void Round(Rng rng, uint64_t seed) {
   const int64_t m = 1 + Below(rng, rng() % 8 ? 150 : 900),
                 k = 1 + Below(rng, rng() % 8 ? 300 : 2500);
   const int64_t shards = rng() % 2 ? 1 : 1 + Below(rng, std::min<int64_t>(m, 9));
@@ -447,14 +470,21 @@ void Round(uint64_t seed) {
 }  // namespace
 }  // namespace flashllm
 
+#ifdef FLASHLLM_LIBFUZZER
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  flashllm::Round(flashllm::Rng(data, size), 0);
+  return 0;
+}
+#else
 int main(int argc, char** argv) {
   const uint64_t count = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1000;
   const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
   for (uint64_t i = first; i < first + count; ++i) {
     if (i % 1000 == 0) std::fprintf(stderr, "round %llu\n", static_cast<unsigned long long>(i));
-    flashllm::Round(i);
+    flashllm::Round(flashllm::Rng(i), i);
   }
   std::printf("%llu matrices, %lld handler calls, %lld of them refused\n",
               static_cast<unsigned long long>(count), static_cast<long long>(flashllm::g_calls),
               static_cast<long long>(flashllm::g_refused));
 }
+#endif

@@ -1,7 +1,9 @@
 """Compiles fuzz_kernels.cc with AddressSanitizer and UBSan, and runs it.
 
     python tests/stress/fuzz_kernels.py --count 100000
+    CXX=clang++ python tests/stress/fuzz_kernels.py --libfuzzer 3600
 
+The second runs for so many seconds under libFuzzer, which looks for choices that reach new code.
 Ends with an error at the first bad access, undefined operation, leak, or bit that does not come
 back. Needs a C++ compiler with the sanitizers (CXX, else c++), and the FFI headers of the jaxlib
 that pyproject.toml pins for the build.
@@ -31,10 +33,11 @@ SOURCES = {
 }
 
 
-def build(directory: pathlib.Path, headers: str, sanitizers: str) -> pathlib.Path:
+def build(directory: pathlib.Path, headers: str, sanitizers: str, libfuzzer: bool) -> pathlib.Path:
     x86 = platform.machine() in ("x86_64", "AMD64")
     flags = f"-std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize={sanitizers}"
     flags += " -fno-sanitize-recover=all" + " -DFLASHLLM_X86" * x86
+    flags += " -fsanitize=fuzzer -DFLASHLLM_LIBFUZZER" * libfuzzer
     compiler, objects, running = os.environ.get("CXX", "c++"), [], []
     for source, more in SOURCES.items():
         if more and not x86:
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000, help="matrices")
     parser.add_argument("--seed", type=int, default=0, help="the first one's")
     parser.add_argument("--sanitizers", default=SANITIZERS, help="or thread")
+    parser.add_argument("--libfuzzer", type=int, metavar="SECONDS", default=0, help="needs Clang")
     parser.add_argument("--headers", help="folder of xla/ffi/api (default: the jaxlib found)")
     options = parser.parse_args()
     jaxlib = importlib.util.find_spec("jaxlib")
@@ -63,7 +67,13 @@ def main() -> None:
         sys.exit("fuzz_kernels: no jaxlib here; pass --headers")
     headers = options.headers or str(pathlib.Path(jaxlib.origin).parent / "include")
     with tempfile.TemporaryDirectory() as directory:
-        program = build(pathlib.Path(directory), headers, options.sanitizers)
+        libfuzzer = options.libfuzzer > 0
+        program = build(pathlib.Path(directory), headers, options.sanitizers, libfuzzer)
+        if libfuzzer:
+            how = ["-max_len=1024", "-len_control=0", "-print_final_stats=1", "-rss_limit_mb=4096"]
+            how += [f"-max_total_time={options.libfuzzer}", f"-seed={options.seed + 1}"]
+            subprocess.run([program, *how], check=True)
+            return
         start = time.monotonic()
         subprocess.run([program, str(options.count), str(options.seed)], check=True)
         print(f"{options.count / (time.monotonic() - start):.0f} matrices/s")
