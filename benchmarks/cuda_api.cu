@@ -32,6 +32,7 @@ extern "C" {
 
 __attribute__((visibility("default"))) int flashllm_initialize() {
   if (cudaError_t e = InitializeBitmap(&g_overlap)) return e;
+  if (cudaError_t e = InitializeBitmapWide()) return e;
   return InitializeTiledCsl();
 }
 
@@ -75,7 +76,7 @@ __attribute__((visibility("default"))) int flashllm_spmm(
     void* stream, int format, const void* index, const void* offsets, const void* values,
     int weight, int64_t m, int64_t k, int64_t capacity, int64_t index_capacity, const void* x,
     int token, int64_t n, const void* bias, void* y, int activation, int ctas, int warps, int group,
-    int64_t chunk, void* workspace, size_t workspace_bytes) {
+    int64_t chunk, int wide, void* workspace, size_t workspace_bytes) {
   Problem p = {};
   p.format = static_cast<Format>(format);
   p.index = static_cast<const uint32_t*>(index);
@@ -86,7 +87,7 @@ __attribute__((visibility("default"))) int flashllm_spmm(
   p.index_capacity = index_capacity;
   p.x = x, p.token = static_cast<Type>(token), p.n = n;
   p.bias = bias, p.bias_type = p.token, p.y = y, p.activation = activation;
-  const Plan plan = {ctas, warps, group, chunk, workspace, workspace_bytes};
+  const Plan plan = {ctas, warps, group, chunk, wide != 0, workspace, workspace_bytes};
   const char* why;
   return Spmm(static_cast<cudaStream_t>(stream), p, plan, g_overlap, &why);
 }

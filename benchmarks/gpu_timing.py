@@ -71,7 +71,7 @@ class Library:
         p, i, q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         types = [p, i, p, p, p, i, q, q, q, q]  # W
         types += [p, i, q, p, p, i]  # x, bias, y, activation
-        types += [i, i, i, q, p, ctypes.c_size_t]  # plan
+        types += [i, i, i, q, i, p, ctypes.c_size_t]  # plan
         self.lib.flashllm_spmm.argtypes = types
         self.lib.flashllm_read.argtypes = [p, p, ctypes.c_size_t, p]
         self.check(self.lib.flashllm_initialize())
@@ -134,6 +134,7 @@ class Library:
                 plan.warps,
                 plan.group,
                 plan.chunk,
+                plan.wide,
                 workspace.data_ptr(),
                 workspace.numel(),
             )
@@ -170,6 +171,7 @@ def plan_for(w: Weight, n: int, token_dtype, warps: int = 16):
     dev = planning.Device(
         torch.cuda.get_device_properties(0).multi_processor_count,
         warps,
+        wgmma=torch.cuda.get_device_capability(0) == (9, 0),
     )
     n_terms = 1 if token_dtype == w.dtype else 3 if token_dtype == torch.float32 else 2
     return planning.choose(w.format, w.shape[0], 1, w.shape[1], n, n_terms, dev)

@@ -24,6 +24,9 @@ MAX_GROUP = 64
 DENSE_TOKENS = 512
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
+# The copy of x that the wide kernel reads: this many tokens of it at a time.
+_WIDE_TOKENS = 4096
+_WIDE_WARPS = {128: 12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Device:
     warps: int  # warps a CTA whose rings fit into shared memory: a bitmap's
     csl_teams: int = 8  # and Tiled-CSL's teams of two, with a dense block each
     name: str = ""  # model, for what `tune` kept; empty where there is no GPU
+    wgmma: bool = False  # Hopper's own instructions, for more than 32 tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +56,12 @@ class Plan:
     warps: int  # a CTA's warps of 16 rows of W each; in Tiled-CSL its teams of two, 64 rows each
     group: int  # tokens a pass over W
     chunk: int  # tokens a round of launches
+    wide: int  # 1: the kernel for many tokens (csrc/cuda/bitmap_wide.cu)
     workspace: int
 
     def attributes(self) -> dict[str, int]:
-        return {"ctas": self.ctas, "warps": self.warps, "group": self.group, "chunk": self.chunk}
+        fields = ("ctas", "warps", "group", "chunk", "wide")
+        return {name: getattr(self, name) for name in fields}
 
 
 @functools.cache
@@ -64,11 +70,11 @@ def device() -> Device:
     try:
         gpu = jax.devices("cuda")[0]
     except RuntimeError:
-        return Device(_DEFAULT_CORES, 16)
+        return Device(_DEFAULT_CORES, 16, wgmma=True)
     capability = str(getattr(gpu, "compute_capability", "9.0"))
     cores = int(getattr(gpu, "core_count", 0)) or _DEFAULT_CORES
     if capability in ("9.0", "10.0", "10.3"):  # 227 KB of shared memory
-        return Device(cores, 16, 8, gpu.device_kind)
+        return Device(cores, 16, 8, gpu.device_kind, capability == "9.0")
     if capability == "8.0":  # 163 KB
         return Device(cores, 12, 5, gpu.device_kind)
     return Device(cores, 6, 2, gpu.device_kind)  # 99 KB on 8.6, 8.9 and 12.x
@@ -145,6 +151,9 @@ def choose(
     cut: Cut | None = None,
 ) -> Plan:
     """Plans x [tokens, k] times W of `shards` blocks of [rows, k]; cut: other than the model's."""
+    wide = dev.wgmma and format == "bitmap" and n_terms == 1 and tokens > 32
+    if wide and tokens > MAX_GROUP:
+        return _wide(shards * _ceil(rows, 16), _ceil(k, 256), tokens, dev)
     warp_rows = _WARP_ROWS[format]
     chunk = max(1, min(tokens, _TERM_TOKENS // n_terms)) if n_terms > 1 else max(tokens, 1)
     total = chunk * n_terms
@@ -161,9 +170,28 @@ def choose(
     workspace = groups * ctas * slots * warps * warp_rows * group * 4
     if n_terms > 1:
         workspace += _align(chunk * 4)
-    if n_terms > 1 or k % 64:
+    wide = wide and warps % 4 == 0  # whole warpgroups
+    if wide:
+        workspace += group * _ceil(k, 256) * 512
+    elif n_terms > 1 or k % 64:
         workspace += _align(total * _ceil(k, 64) * 64 * 2)
-    return Plan(ctas, warps, group, chunk, workspace)
+    return Plan(ctas, warps, group, chunk, int(wide), workspace)
+
+
+def _wide(bands: int, blocks: int, tokens: int, dev: Device) -> Plan:
+    """For more than 64 tokens csrc/cuda/bitmap_wide.cu, 128 or 256 at a time."""
+    chunk = min(tokens, _WIDE_TOKENS)
+    group = 128 if chunk <= 128 else 256
+    groups = _ceil(chunk, group)
+    # Two CTAs share a strip for 256 tokens.
+    warps, cores = (_WIDE_WARPS[128], dev.cores) if group == 128 else (16, dev.cores // 2)
+    while group == 128 and warps > 4 and _ceil(bands, warps) * blocks < 2 * cores:
+        warps -= 4
+    strips = _ceil(bands, warps) * groups
+    ctas = min(strips * blocks, cores)
+    slots = 0 if strips % ctas == 0 else 2
+    workspace = groups * group * blocks * 512 + ctas * slots * warps * 16 * group * 4
+    return Plan(ctas, warps, group, chunk, 1, workspace)
 
 
 # What `tune` has kept. tuning.py, which multiplies and so lies above this, puts its lookup here.

@@ -19,7 +19,8 @@ from jax_flashllm.spmm import decode
 needs_cuda_build = pytest.mark.skipif(
     not hasattr(_flashllm, "cuda_targets"), reason="built without CUDA"
 )
-H100 = plan.Device(cores=132, warps=16)
+H100 = plan.Device(cores=132, warps=16, wgmma=True)
+A100 = plan.Device(cores=108, warps=12, csl_teams=5)
 
 
 def _lowered(f, *args):
@@ -35,6 +36,7 @@ def test_lowering_holds_target_and_plan(format):
     assert f"@flashllm_spmm_{format}_v1" in text
     for attribute in ("activation = 2", "m = 100", "k = 130", "ctas", "warps", "group", "chunk"):
         assert attribute in text
+    assert "wide = 0" in text
     assert f"@flashllm_decode_{format}_v1" in _lowered(decode, w)
 
 
@@ -76,6 +78,20 @@ def test_a_decoded_weight_multiplies_alike(format, shards, with_bias, activation
     assert y.shape == (2, many // 2, rows)
     assert y.dtype == np.float16
     assert_product(y[..., :100].reshape(-1, 100), x.reshape(-1, 130), dense, bias, activation)
+
+
+@needs_cuda_build
+def test_many_tokens_lower_to_the_wide_kernel():
+    dense = np.eye(100, 130, dtype=np.float16)
+    x = jnp.ones((2, 40, 130), jnp.float16)
+    text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="bitmap"), x)
+    assert "wide = 1" in text
+    assert "group = 128" in text
+    # Only a bitmap, and only tokens of its own type.
+    text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="tiled_csl"), x)
+    assert "wide = 0" in text
+    w = jax_flashllm.encode(dense, format="bitmap")
+    assert "wide = 0" in _lowered(jax_flashllm.spmm, w, x.astype(jnp.float32))
 
 
 @needs_cuda_build
@@ -182,19 +198,25 @@ def test_decode_attention_is_one_call_where_heads_are_whole_pieces():
 SHAPES = [(1, 1), (64, 64), (768, 768), (4096, 4096), (28672, 7168), (9216, 36864)]
 
 
+@pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])
 @pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_plans_are_sound(shape, format):
+def test_plans_are_sound(shape, format, device):
     m, k = shape
     for tokens in (1, 8, 9, 64, 65, 5000):
         for terms in (1, 2, 3):
-            p = plan.choose(format, m, 1, k, tokens, terms, H100)
+            p = plan.choose(format, m, 1, k, tokens, terms, device)
             bands = -(-m // (16 if format == "bitmap" else 64))
             units = -(-bands // p.warps) * -(-k // (256 if format == "bitmap" else 128))
+            if p.wide:
+                assert (device, format, terms) == (H100, "bitmap", 1)
+                assert p.group in (64, 128, 256)
+                units *= -(-p.chunk // p.group)
+            else:
+                assert p.group in (8, 16, 32, 64)
+                assert p.group >= min(64, p.chunk * terms)
             assert 1 <= p.ctas <= units
-            assert p.group in (8, 16, 32, 64)
             assert 1 <= p.chunk <= tokens
-            assert p.group >= min(64, p.chunk * terms)
             assert p.workspace < 1 << 30
 
 
@@ -208,7 +230,7 @@ def test_the_cut_does_not_depend_on_the_batch(format):
         assert len(cuts) == 1
 
 
-def test_many_tokens_need_no_workspace():
-    p = plan.choose("bitmap", 28672, 1, 7168, 16384, 1, H100)
+def test_many_tokens_need_no_workspace_without_wgmma():
+    p = plan.choose("bitmap", 28672, 1, 7168, 16384, 1, A100)
     assert p.workspace == 0
-    assert p.ctas == math.ceil(28672 / 256)
+    assert p.ctas == math.ceil(28672 / (16 * p.warps))

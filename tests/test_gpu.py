@@ -119,6 +119,43 @@ def test_no_tokens_and_many(format, n):
     np.testing.assert_array_equal(y, dense_product(x, dense).astype(np.float16))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
+def test_many_tokens_are_exact(shape, density, dtype):
+    """On Hopper the wide kernel: its groups of tokens, full and not."""
+    dense = sparse_matrix(shape, dtype, density, seed=sum(shape), integers=True)
+    w = jax_flashllm.encode(dense, format="bitmap")
+    x = _integers((1000, shape[1]), dtype)
+    ref = dense_product(x, dense).astype(np.float32).astype(dtype)
+    for n in (33, 64, 65, 100, 128, 129, 200, 256, 257, 300, 512, 1000):
+        np.testing.assert_array_equal(np.asarray(_multiply(w, x[:n])), ref[:n], err_msg=f"{n=}")
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_many_tokens_stay_in_bound(dtype, activation):
+    for (m, k), n in zip([(256, 512), (100, 1030), (2048, 4096)], [64, 129, 300], strict=True):
+        dense = sparse_matrix((m, k), dtype, 0.3)
+        x, bias = _normals((n, k), dtype), _normals((m,), dtype, seed=2)
+        y = _multiply(jax_flashllm.encode(dense, format="bitmap", shards=2), x, bias, activation)
+        assert_product(y, x, dense, bias, activation)
+
+
+def test_inf_and_nan_among_many_tokens():
+    dense = sparse_matrix((96, 192), np.float16, 0.3)
+    dense[5, 7], dense[40, 100] = np.inf, np.nan
+    x = _normals((130, 192), np.float16)
+    x[1, 3], x[2, 100], x[129, 150] = np.inf, np.nan, -np.inf
+    with np.errstate(invalid="ignore"):
+        ref = dense_product(x, dense)
+    w = jax_flashllm.encode(dense, format="bitmap")
+    for n in (64, 128, 130):
+        y = np.asarray(_multiply(w, x[:n])).astype(np.float64)
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(ref[:n]))
+        np.testing.assert_array_equal(y[np.isinf(ref[:n])], ref[:n][np.isinf(ref[:n])])
+
+
 @pytest.mark.parametrize("shards", [2, 3, 7])
 @pytest.mark.parametrize("format", FORMATS)
 def test_row_blocks(format, shards):
@@ -174,7 +211,7 @@ def test_same_bits_every_time_and_in_every_batch(format):
     first = bits(_multiply(w, x))
     for _ in range(100):
         np.testing.assert_array_equal(bits(_multiply(w, x)), first)
-    for n in (1, 5, 8, 16, 31):
+    for n in (1, 5, 8, 16, 31, 33, 48):
         np.testing.assert_array_equal(bits(_multiply(w, x[:n])), first[:n])
 
 
@@ -392,6 +429,10 @@ def test_garbage_stays_inside_the_buffers():
             broken = [broken, dataclasses.replace(w, index=jnp.full_like(w.index, 2**32 - 1))]
         for f, b in itertools.product((lambda w: jax_flashllm.spmm(w, x), decode), broken):
             jax.block_until_ready(jax.jit(f)(b))
+        for n in (64, 128, 300):
+            many = jnp.ones((n, 600), jnp.float16)
+            for b in broken:
+                jax.block_until_ready(jax.jit(jax_flashllm.spmm)(b, many))
     ok = jax_flashllm.encode(dense, format="bitmap")
     assert_product(_multiply(ok, x), x, dense)
 

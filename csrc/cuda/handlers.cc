@@ -45,6 +45,7 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
                           std::to_string(major) + ".x; run on CPU instead");
   bool overlap = false;
   if (auto e = Check(InitializeBitmap(&overlap), "loading the kernels"); e.failure()) return e;
+  if (auto e = Check(InitializeBitmapWide(), "loading the kernels"); e.failure()) return e;
   if (auto e = Check(InitializeTiledCsl(), "loading the kernels"); e.failure()) return e;
   g_devices[device].store(overlap ? kOverlap : kReady, std::memory_order_release);
   return ffi::Error::Success();
@@ -125,7 +126,7 @@ template <Format kFormat>
 ffi::Error SpmmHandler(cudaStream_t stream, Words index, Words offsets, AnyBuffer values,
                        AnyBuffer x, AnyBuffer bias, ffi::Result<AnyBuffer> y,
                        ffi::Result<AnyBuffer> workspace, int64_t m, int64_t k, int64_t activation,
-                       int64_t ctas, int64_t warps, int64_t group, int64_t chunk) {
+                       int64_t ctas, int64_t warps, int64_t group, int64_t chunk, int64_t wide) {
   Problem p = {};
   if (auto e = SetWeight(kFormat, index, offsets, values, m, k, &p); e.failure()) return e;
   const int64_t rows = p.shards * p.rows, size = static_cast<int64_t>(x.element_count());
@@ -144,9 +145,10 @@ ffi::Error SpmmHandler(cudaStream_t stream, Words index, Words offsets, AnyBuffe
   p.y = y->untyped_data();
   p.activation = static_cast<int>(activation);
   if (rows > INT32_MAX || k > INT32_MAX / 2) return Bad("the weight is too large");
-  const Plan plan = {static_cast<int>(ctas),    static_cast<int>(warps),
-                     static_cast<int>(group),   chunk,
-                     workspace->untyped_data(), workspace->size_bytes()};
+  const Plan plan = {static_cast<int>(ctas),  static_cast<int>(warps),
+                     static_cast<int>(group), chunk,
+                     wide != 0,               workspace->untyped_data(),
+                     workspace->size_bytes()};
   int device;
   if (auto e = Check(cudaGetDevice(&device), "cudaGetDevice"); e.failure()) return e;
   const char* why;
@@ -290,7 +292,8 @@ auto BindSpmm() {
       .Attr<int64_t>("ctas")
       .Attr<int64_t>("warps")
       .Attr<int64_t>("group")
-      .Attr<int64_t>("chunk");
+      .Attr<int64_t>("chunk")
+      .Attr<int64_t>("wide");
 }
 
 auto BindUnary() {

@@ -131,6 +131,43 @@ __device__ __forceinline__ void BulkCopyOnce(uint32_t dst, const void* src, uint
       "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
+
+// To the same offsets in every CTA of the cluster that `ctas` has a bit for.
+__device__ __forceinline__ void BulkCopyMulticast(uint32_t dst, const void* src, uint32_t bytes,
+                                                  uint32_t barrier, uint32_t ctas) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(ctas))
+      : "memory");
+}
+
+// ---- clusters ----
+
+__device__ __forceinline__ int ClusterRank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of the cluster that have not exited. Whole warps.
+__device__ __forceinline__ void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void ClusterWait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// At a barrier of another CTA of the cluster, by its address in this one. Of this thread's own
+// writes it releases none: scope and all default to what takes no fence.
+__device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, int rank) {
+  asm volatile(
+      "{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;"
+      " mbarrier.arrive.shared::cluster.b64 _, [at]; }" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
 #endif
 
 // Whether the phase of this parity is over, at once.
@@ -213,6 +250,29 @@ template <typename T>
 __device__ __forceinline__ T* Keep(T* p) {
   const uint64_t v = reinterpret_cast<uint64_t>(p);
   return reinterpret_cast<T*>(__shfl_sync(~0u, v, threadIdx.x % 32));
+}
+
+// True in one lane. The compiler knows, and keeps what a bulk copy needs in uniform registers.
+__device__ __forceinline__ bool Elect() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }"
+               : "=r"(elected));
+  return elected;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
+}
+
+// v plus what the lane kDistance below has in `other`; lanes that have none below keep v.
+template <int kDistance>
+__device__ __forceinline__ uint32_t AddFromLower(uint32_t v, uint32_t other) {
+  asm volatile(
+      "{ .reg .pred p; .reg .b32 t; shfl.sync.up.b32 t|p, %1, %2, 0, 0xffffffff;"
+      " @p add.u32 %0, %0, t; }"
+      : "+r"(v)
+      : "r"(other), "n"(kDistance));
+  return v;
 }
 
 // ---- arithmetic ----

@@ -47,13 +47,16 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
     a.shard_offsets = static_cast<int>(d.offsets());
   }
   a.bands = static_cast<int>(p.shards) * a.shard_bands;
-  a.strips = static_cast<int>(CeilDiv(a.bands, a.warps * a.warp_bands));
+  a.wide = plan.wide;
+  a.group = plan.group;
+  const int groups = static_cast<int>(CeilDiv(a.tokens, plan.group));
+  a.groups = a.wide ? 1 : groups;
+  a.strip_groups = a.wide ? groups : 1;
+  a.strips = static_cast<int>(CeilDiv(a.bands, a.warps * a.warp_bands)) * a.strip_groups;
   a.units = a.strips * a.blocks;
   a.ctas = plan.ctas;
   a.share = a.units / a.ctas;
   a.longer = a.units % a.ctas;
-  a.group = plan.group;
-  a.groups = static_cast<int>(CeilDiv(a.tokens, plan.group));
   a.keep_all = a.terms > 1;
   // A CTA's range touches at most this many strips; without terms it leaves sums of its first
   // and of its last only, where other CTAs have parts of them.
@@ -64,7 +67,10 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
 
 Sizes WorkspaceSizes(const Problem& p, const Args& a) {
   Sizes s = {};
-  if (NeedsPrepare(p)) s.tokens = Align(size_t(a.tokens) * a.x_stride * 2);
+  if (a.wide)
+    s.tokens = size_t(a.strip_groups) * a.group * a.blocks * bitmap::kBlockCols * 2;
+  else if (NeedsPrepare(p))
+    s.tokens = Align(size_t(a.tokens) * a.x_stride * 2);
   if (a.terms > 1) s.unscale = Align(size_t(a.tokens_a_term) * 4);
   s.partial = size_t(a.groups) * a.ctas * a.slots * a.warps * a.warp_bands * 16 * a.group * 4;
   return s;
@@ -81,6 +87,9 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
     return refuse("the plan's attributes must be positive");
   if (p.capacity % 8 || p.index_capacity % 4)
     return refuse("the capacities of values and index must be multiples of 16 bytes");
+  if (plan.wide && (p.format != Format::kBitmap || p.weight != p.token))
+    return refuse("only a bitmap times tokens of its own type can be wide");
+  if (plan.wide && !overlap) return refuse("wide products need a build for sm_90a");
   const size_t x_row = p.k * TypeBytes(p.token), y_row = p.shards * p.rows * TypeBytes(p.token);
   for (int64_t n0 = 0; n0 < p.n; n0 += plan.chunk) {
     const int64_t n = std::min(plan.chunk, p.n - n0);
@@ -95,8 +104,19 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
     a.out.y = static_cast<char*>(p.y) + n0 * y_row;
     a.unscale = reinterpret_cast<float*>(workspace + sizes.tokens);
     a.partial = reinterpret_cast<float*>(workspace + sizes.tokens + sizes.unscale);
+    const bool bf16 = p.weight == Type::kBF16;
+    uint16_t* tokens = reinterpret_cast<uint16_t*>(workspace);
+    if (a.wide) {
+      a.x = tokens;
+      if (cudaError_t e =
+              PrepareWide(stream, reinterpret_cast<const uint16_t*>(x), n, p.k, tokens, a))
+        return e;
+      if (cudaError_t e = BitmapWide(stream, a, bf16)) return e;
+      if (a.slots)
+        if (cudaError_t e = Combine(stream, a, overlap)) return e;
+      continue;
+    }
     if (NeedsPrepare(p)) {
-      uint16_t* tokens = reinterpret_cast<uint16_t*>(workspace);
       a.x = tokens;
       if (cudaError_t e = PrepareTokens(stream, x, p.token, p.weight, n, p.k, a.x_stride, a.terms,
                                         tokens, reinterpret_cast<float*>(workspace + sizes.tokens)))
@@ -107,8 +127,7 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
     }
     // The main loop may start before its predecessor ends only if that is ours: it reads W first.
     const auto main_loop = p.format == Format::kBitmap ? BitmapSpmm : TiledCslSpmm;
-    if (cudaError_t e = main_loop(stream, a, p.weight == Type::kBF16, overlap && NeedsPrepare(p)))
-      return e;
+    if (cudaError_t e = main_loop(stream, a, bf16, overlap && NeedsPrepare(p))) return e;
     if (!a.slots) continue;
     const auto combine = a.keep_all ? CombineTerms : Combine;
     if (cudaError_t e = combine(stream, a, overlap)) return e;

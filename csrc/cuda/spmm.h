@@ -38,10 +38,11 @@ struct Problem {
 
 // Chosen by jax_flashllm/plan.py from shapes alone.
 struct Plan {
-  int ctas;       // per group of tokens
+  int ctas;       // per group of tokens; if wide, in all
   int warps;      // per CTA; of Tiled-CSL teams of two
   int group;      // tokens a pass over W: 8, 16, 32 or 64
   int64_t chunk;  // tokens of x a round of launches
+  bool wide;      // the kernel for many tokens (bitmap_wide.cu): groups of 64, 128 or 256
   void* workspace;
   size_t workspace_bytes;
 };
@@ -76,23 +77,27 @@ struct Args {
   const uint32_t* index;
   const uint32_t* offsets;
   const uint16_t* values;
-  const uint16_t* x;  // [tokens, x_stride] in W's type, whole tiles
+  const uint16_t* x;  // [tokens, x_stride] in W's type, whole tiles; or PrepareWide's
   int64_t x_stride;
   int tokens;
   Output out;
   float* partial;        // [groups][ctas][slots][strip's bands][group / 8][32] float4
   const float* unscale;  // per token of x, for terms
   int terms, tokens_a_term;
-  float term_step;                             // 2^-11 for fp16 terms, 1 for bf16
-  bool keep_all;                               // every strip goes through `partial`
-  int64_t capacity, index_capacity;            // of a shard, in 16 bytes
-  int units;                                   // strips * blocks
-  int share, longer;                           // units / ctas, units % ctas
-  int shard_rows, shard_bands, bands, strips;  // bands of 16 rows
-  int tiles, blocks;                           // of a band; units of a strip
-  int shard_offsets;                           // offsets a shard
-  int ctas, warps, warp_bands, slots, groups, group;
-  int x_stages;  // of a bitmap's x in shared memory; odd
+  float term_step;                                    // 2^-11 for fp16 terms, 1 for bf16
+  bool keep_all;                                      // every strip goes through `partial`
+  int64_t capacity, index_capacity;                   // of a shard, in 16 bytes
+  int units;                                          // strips * blocks
+  int share, longer;                                  // units / ctas, units % ctas
+  int shard_rows, shard_bands, bands, strips;         // bands of 16 rows
+  int tiles, blocks;                                  // of a band; units of a strip
+  int shard_offsets;                                  // offsets a shard
+  int ctas, warps, warp_bands, slots, groups, group;  // ctas: clusters, where they share a strip
+  int x_stages;                                       // of a bitmap's x in shared memory; odd
+  // Groups of tokens have a schedule, and partial sums, of their own; if wide there is one
+  // schedule, of a strip of W for each group, groups innermost.
+  bool wide;
+  int strip_groups;  // 1 unless wide; then `groups` is 1
 };
 
 struct Sizes {
@@ -111,9 +116,14 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
 
 // Main loops and their helpers, one file each.
 cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
+cudaError_t BitmapWide(cudaStream_t stream, const Args& a, bool bf16);
 cudaError_t TiledCslSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
 cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type weight, int64_t n,
                           int64_t k, int64_t k_padded, int terms, uint16_t* out, float* unscale);
+// x [n, k] for BitmapWide: a group's tiles of 64 columns in turn, each as it lies in shared memory
+// (wgmma.cuh), zeros behind n and k.
+cudaError_t PrepareWide(cudaStream_t stream, const uint16_t* x, int64_t n, int64_t k, uint16_t* out,
+                        const Args& a);
 cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap);
 cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap);
 
@@ -138,6 +148,7 @@ cudaError_t FillTiledCsl(cudaStream_t stream, const Problem& p, const Dense& fro
 // Once a device, outside any capture: loads the kernels and raises their shared memory.
 // overlap: whether the loaded code knows programmatic dependent launch.
 cudaError_t InitializeBitmap(bool* overlap);
+cudaError_t InitializeBitmapWide();
 cudaError_t InitializeTiledCsl();
 
 // The most shared memory that a CTA may ask for.
@@ -147,21 +158,32 @@ inline cudaError_t MaxShared(int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// A launch whose kernel waits (ptx::WaitForPrevious) for its predecessor, and so may start early.
+// A launch whose kernel waits (ptx::WaitForPrevious) for its predecessor, and so may start early;
+// `cluster` CTAs at a time.
 template <typename... Parameters>
-cudaError_t Launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, int threads,
-                   size_t shared, bool overlap, Parameters... parameters) {
+cudaError_t LaunchClusters(cudaStream_t stream, int cluster, void (*kernel)(Parameters...),
+                           dim3 grid, int threads, size_t shared, bool overlap,
+                           Parameters... parameters) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = overlap;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, parameters...);
+}
+
+template <typename... Parameters>
+cudaError_t Launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, int threads,
+                   size_t shared, bool overlap, Parameters... parameters) {
+  return LaunchClusters(stream, 1, kernel, grid, threads, shared, overlap, parameters...);
 }
 
 }  // namespace flashllm::cuda

@@ -58,11 +58,40 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// One thread 16 bytes of the image. Its chunk c of a token holds, as mma's order of k wants it,
+// columns 16 t + 2 c and the next for t = 0..3 (bitmap.h).
+__global__ void __launch_bounds__(kThreads)
+    PrepareWideKernel(const uint16_t* x, int64_t n, int64_t k, uint16_t* out, int group,
+                      int64_t tiles, int64_t chunks) {
+  ptx::LaunchDependents();
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= chunks) return;
+  const int64_t row = i / 8, tile = row / group % tiles;
+  const int in_group = static_cast<int>(row % group);
+  const int64_t token = row / group / tiles * group + in_group;
+  const int64_t col = tile * 64 + ((i ^ in_group) & 7) * 2;
+  uint32_t words[4] = {};
+  if (token < n) {
+    const uint16_t* from = x + token * k + col;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      if (k % 2 == 0 && col + 16 * t < k) {
+        words[t] = *reinterpret_cast<const uint32_t*>(from + 16 * t);
+      } else {
+        if (col + 16 * t < k) words[t] = from[16 * t];
+        if (col + 16 * t + 1 < k) words[t] |= static_cast<uint32_t>(from[16 * t + 1]) << 16;
+      }
+    }
+  }
+  reinterpret_cast<uint4*>(out)[i] = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Sums of the strips that several CTAs share, in order of K: one warp 16 rows x 8 tokens. Small
 // CTAs, that find room beside the main loop's last ones and have all but the sums when those end.
 __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_constant__ Args a) {
   constexpr int kAtATime = 8;
-  const int lane = threadIdx.x % 32, n8s = a.group / 8, strip = blockIdx.x, group = blockIdx.z;
+  const int lane = threadIdx.x % 32, n8s = a.group / 8, strip = blockIdx.x;
+  const int group = blockIdx.z, group_of_tokens = group + strip % a.strip_groups;
   const int index = (blockIdx.y * kCombineThreads + threadIdx.x) / 32;
   const int strip_band = index / n8s, n8 = index % n8s;
   const int first = CtaOf(a, strip * a.blocks), last = CtaOf(a, (strip + 1) * a.blocks - 1);
@@ -70,7 +99,7 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
   const float4* from = reinterpret_cast<const float4*>(a.partial) + lane +
                        PartialIndex(a, group, first + 1, 0, strip_band, n8);
   const float4* own = from + PartialIndex(a, 0, 0, 1, 0, 0) - stride;
-  const Band band = BandOf(a, strip * StripBands(a) + strip_band);
+  const Band band = BandOf(a, strip / a.strip_groups * StripBands(a) + strip_band);
   // All warps wait: a grid that ended before its predecessor would set the next one free.
   ptx::WaitForPrevious();
   if (first == last || strip_band >= StripBands(a)) return;
@@ -84,7 +113,7 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
     for (int i = 0; i < kAtATime; ++i)
       if (c + i <= last) sum.x += p[i].x, sum.y += p[i].y, sum.z += p[i].z, sum.w += p[i].w;
   }
-  StoreFragment(a, band, (group * n8s + n8) * 8, lane, sum);
+  StoreFragment(a, band, (group_of_tokens * n8s + n8) * 8, lane, sum);
 }
 
 // Sums of tokens in terms over the CTAs that share a strip, in order of K: one thread an element
@@ -133,6 +162,14 @@ cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type w
                           int64_t k, int64_t k_padded, int terms, uint16_t* out, float* unscale) {
   PrepareKernel<<<static_cast<unsigned>(n), kThreads, 0, stream>>>(
       x, token, weight == Type::kBF16, n, k, k_padded, terms, out, unscale);
+  return cudaGetLastError();
+}
+
+cudaError_t PrepareWide(cudaStream_t stream, const uint16_t* x, int64_t n, int64_t k, uint16_t* out,
+                        const Args& a) {
+  const int64_t tiles = int64_t(a.blocks) * 4, chunks = a.strip_groups * a.group * tiles * 8;
+  PrepareWideKernel<<<static_cast<unsigned>(CeilDiv(chunks, kThreads)), kThreads, 0, stream>>>(
+      x, n, k, out, a.group, tiles, chunks);
   return cudaGetLastError();
 }
 

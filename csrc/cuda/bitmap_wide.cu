@@ -1,0 +1,501 @@
+// Bitmap main loop for many tokens: warps decode W into wgmma's operand A, x lies in shared memory.
+//
+//   warp w of a strip   band strip * warps + w (16 rows); four warps are a warpgroup of 64 rows
+//
+//   values, masks   HBM ==bulk copies==> rings of shared memory a warp     (bitmap_stream.cuh)
+//   x               L2  ==bulk copies==> a block's four tiles a CTA         (PrepareWide)
+//
+//   tile            | 32 predicated loads = A | 4 wgmma on all tokens, started | scan of the next |
+//                   | tile | done: its x is free | the next tile's values there? else wait        |
+//   early           | 4 wgmma | loads of the next tile | scan of the one after | done | packs ... |
+//
+// From 129 tokens on a strip belongs to a cluster of two CTAs, each with half of the bands: each
+// fetches half of x for both.
+//
+// A strip's tokens are cut into groups of a.group. Strip and group together are one strip of the
+// schedule, groups innermost, so that CTAs at work on one part of W are so at the same time.
+#include "bitmap_stream.cuh"
+#include "wgmma.cuh"
+
+namespace flashllm::cuda {
+namespace {
+
+class ShuffleScan;
+
+// Warps of a CTA that compute, their registers beside the 32 of the warps that load, CTAs that
+// share a strip and its x, how runs are found, and whether the next tile's values are loaded while
+// the tensor cores have this one's, which takes 32 registers.
+template <int kTokens>
+struct Shape;
+template <>
+struct Shape<64> {
+  [[maybe_unused]] static constexpr int kWarps = 16, kRegisters = 112, kCluster = 1;
+  [[maybe_unused]] static constexpr bool kEarly = false;
+  using Scan = RunScan;
+};
+template <>
+struct Shape<128> {
+  [[maybe_unused]] static constexpr int kWarps = 12, kRegisters = 160, kCluster = 1;
+  [[maybe_unused]] static constexpr bool kEarly = true;
+  using Scan = ShuffleScan;
+};
+template <>
+struct Shape<256> {
+  [[maybe_unused]] static constexpr int kWarps = 8, kRegisters = 232, kCluster = 2;
+  [[maybe_unused]] static constexpr bool kEarly = true;
+  using Scan = ShuffleScan;
+};
+
+constexpr int kXStages = kBlockTiles;  // a block's tile j lies in stage j
+static_assert(kXStages <= kMaxXStages);
+constexpr uint32_t kTokenBytes = 80, kBufferBytes = 8 * kTokenBytes;  // StoreSums
+
+template <int kTokens>
+constexpr uint32_t XStageBytes() {
+  return kTokens * 128;
+}
+
+template <int kTokens>
+size_t SharedBytes(int warps) {
+  return kXStages * XStageBytes<kTokens>() + kControlBytes + warps * (kWarpBytes + kBufferBytes);
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// ---- unpack ----
+
+// As RunScan, by one byte-packed prefix sum: for kernels whose tensor cores have enough to do.
+class ShuffleScan {
+ public:
+  __device__ __forceinline__ explicit ShuffleScan(int) {}
+
+  __device__ __forceinline__ void Tile(const Word& word, const Starts& tile, Starts& runs,
+                                       Starts& end) const {
+    const uint32_t mask = word.a[0];
+    uint32_t count = mask - (mask >> 1 & 0x55555555u);
+    count = (count & 0x33333333u) + (count >> 2 & 0x33333333u);
+    count = (count + (count >> 4)) & 0x0f0f0f0fu;
+    // Before this lane: at most 31 * 8 a byte.
+    uint32_t before = ptx::AddFromLower<1>(0, count);
+    before = ptx::AddFromLower<1>(before, before);
+    before = ptx::AddFromLower<2>(before, before);
+    before = ptx::AddFromLower<4>(before, before);
+    before = ptx::AddFromLower<8>(before, before);
+    before = ptx::AddFromLower<16>(before, before);
+    const uint32_t b = __shfl_sync(~0u, before, 31), c = __shfl_sync(~0u, count, 31);
+    const uint32_t even = (b & 0xff00ffu) + (c & 0xff00ffu);
+    const uint32_t odd = (b >> 8 & 0xff00ffu) + (c >> 8 & 0xff00ffu);
+    const uint32_t both = even + odd, half = both & 0xffffu;
+    const int start = tile[0];
+    runs[0] = start + 2 * int(before & 0xff);
+    runs[2] = start + 2 * int((even & 0xffff) + (before >> 8 & 0xff));
+    runs[1] = start + 2 * int(half + (before >> 16 & 0xff));
+    runs[3] = start + 2 * int(half + (even >> 16) + (before >> 24));
+    end[0] = end[1] = end[2] = end[3] = start + 2 * int(half + (both >> 16));
+  }
+};
+
+template <int kStep>
+__device__ __forceinline__ void WalkHalves(uint32_t mask, uint32_t run, uint32_t* h) {
+  // Bits of a step in order of a fragment's registers: 0 1, 4 5, 2 3, 6 7.
+  constexpr int to[8] = {0, 1, 4, 5, 2, 3, 6, 7};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    uint32_t v = 0;
+    if (mask & (1u << (8 * kStep + i))) {
+      v = ptx::LoadShared16(run);
+      run += 2;
+    }
+    h[to[i]] = v;
+  }
+}
+
+// ---- epilogue ----
+
+// A warp's sums go to y eight tokens at a time, by way of shared memory: [token][row] floats, rows
+// of tokens 80 bytes apart, so that stores have no bank conflicts. Four lanes take a token's rows.
+__device__ inline float Gelu(float v) { return 0.5f * v * erfcf(-0.70710678118654752f * v); }
+
+template <int kN8>
+__device__ __forceinline__ void StoreSums(const Args& a, const Band& band, int token0, int lane,
+                                          uint32_t buffer, const float (&acc)[kN8][4]) {
+  const int g = lane >> 2, t = lane & 3;
+  const float bias[2] = {g < band.valid ? LoadBias(a.out, band.row0 + g) : 0.0f,
+                         g + 8 < band.valid ? LoadBias(a.out, band.row0 + g + 8) : 0.0f};
+  const uint32_t put = buffer + 2 * t * kTokenBytes + g * 4;
+  const uint32_t get = buffer + g * kTokenBytes + t * 16;
+  const int rows = min(4, band.valid - t * 4);  // of this lane
+  uint16_t* y = static_cast<uint16_t*>(a.out.y) + (token0 + g) * a.out.rows + band.row0 + t * 4;
+  const bool vectors = a.out.rows % 4 == 0 && band.row0 % 4 == 0 && rows == 4 &&
+                       reinterpret_cast<uintptr_t>(a.out.y) % 8 == 0;
+  const bool bf16 = a.out.type == Type::kBF16;
+  const auto half_of = [&](uint32_t bits) -> uint32_t {
+    const float v = __uint_as_float(bits);
+    return bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v))
+                : __half_as_ushort(__float2half_rn(v));
+  };
+#pragma unroll
+  for (int n8 = 0; n8 < kN8; ++n8) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float v = acc[n8][i] + bias[i / 2];
+      if (a.out.activation == 1) v = v < 0.0f ? 0.0f : v;  // keeps NaN
+      ptx::StoreShared32(put + i % 2 * kTokenBytes + i / 2 * 32, __float_as_uint(v));
+    }
+    __syncwarp();
+    if (a.out.activation == 2) {
+#pragma unroll 1
+      for (int i = 0; i < 16; i += 4) {
+        const float v = __uint_as_float(ptx::LoadShared32(get + i));
+        ptx::StoreShared32(get + i, __float_as_uint(Gelu(v)));
+      }
+    }
+    if (token0 + n8 * 8 + g < a.tokens) {
+      if (vectors) {
+        const uint4 v = ptx::LoadShared128(get);
+        *reinterpret_cast<uint2*>(y) =
+            make_uint2(half_of(v.x) | half_of(v.y) << 16, half_of(v.z) | half_of(v.w) << 16);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < rows; ++i)
+          y[i] = static_cast<uint16_t>(half_of(ptx::LoadShared32(get + i * 4)));
+      }
+    }
+    y += 8 * a.out.rows;
+  }
+}
+
+// Ends a segment, as strips.cuh's Flush does. `cta` counts clusters.
+template <int kN8>
+__device__ inline void Finish(const Args& a, int cta, int strip, bool begins, bool ends, int place,
+                              int lane, uint32_t buffer, const float (&acc)[kN8][4]) {
+  if (begins && ends) {
+    StoreSums(a, BandOf(a, BandAt(a, strip, place)), strip % a.strip_groups * kN8 * 8, lane, buffer,
+              acc);
+  } else {
+    float4* const to =
+        reinterpret_cast<float4*>(a.partial) + PartialIndex(a, 0, cta, begins, place, 0) + lane;
+#pragma unroll
+    for (int n8 = 0; n8 < kN8; ++n8)
+      to[n8 * 32] = make_float4(acc[n8][0], acc[n8][1], acc[n8][2], acc[n8][3]);
+  }
+}
+
+#endif
+
+// ---- main loop ----
+
+// x, by one lane of a warp: its part of a tile to all CTAs of the cluster.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <int kTokens>
+__device__ __forceinline__ void LoadX(const Args& a, uint32_t control, uint32_t ring, Work work,
+                                      int rank, int lane) {
+  constexpr int kCluster = Shape<kTokens>::kCluster;
+  constexpr uint32_t kPart = XStageBytes<kTokens>() / kCluster;
+  if (lane < kXStages) {
+    ptx::BarrierInit(control + kXFull + lane * 8, 1);
+    ptx::BarrierInit(control + kXEmpty + lane * 8, a.warps);
+  }
+  ptx::FenceBarrierInit();
+  __syncwarp();
+  if constexpr (kCluster > 1) ptx::ClusterArrive(), ptx::ClusterWait();
+  __syncthreads();
+  // Weights depend on nothing before this kernel; x does.
+  ptx::WaitForPrevious();
+  const int tiles = a.blocks * kBlockTiles;
+  int group = work.strip % a.strip_groups, tile = work.block * kBlockTiles;
+  for (int i = 0; i < work.count * kBlockTiles; ++i) {
+    const int slot = i % kXStages;
+    const uint32_t full = control + kXFull + slot * 8, to = ring + slot * XStageBytes<kTokens>();
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(a.x) +
+                          (int64_t(group) * tiles + tile) * XStageBytes<kTokens>() + rank * kPart;
+    ptx::BarrierWait(control + kXEmpty + slot * 8, i / kXStages & 1 ^ 1);
+    if (ptx::Elect()) {
+      ptx::BarrierExpect(full, XStageBytes<kTokens>());
+      if constexpr (kCluster > 1)
+        ptx::BulkCopyMulticast(to + rank * kPart, from, kPart, full, (1 << kCluster) - 1);
+      else
+        ptx::BulkCopy(to, from, kPart, full);
+    }
+    __syncwarp();
+    if (++tile == tiles) {
+      tile = 0;
+      if (++group == a.strip_groups) group = 0;
+    }
+  }
+}
+#endif
+
+template <bool kBf16, int kTokens>
+__global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
+    WideKernel(const __grid_constant__ Args a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using S = Shape<kTokens>;
+  constexpr int kN8 = kTokens / 8;
+  constexpr bool kEarly = S::kEarly;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = ptx::Keep(threadIdx.x & 31);
+  const int rank = S::kCluster > 1 ? ptx::ClusterRank() : 0;
+  const int warps = a.warps / S::kCluster, place = rank * warps + warp;
+  const int cta = static_cast<int>(blockIdx.x) / S::kCluster;
+  // Shuffles tell the compiler what all lanes have in common.
+  const int unit0 = __shfl_sync(~0u, FirstUnit(a, cta), 0);
+  const int count = __shfl_sync(~0u, FirstUnit(a, cta + 1) - unit0, 0);
+  const int strip0 = __shfl_sync(~0u, unit0 / a.blocks, 0), block0 = unit0 - strip0 * a.blocks;
+  const uint32_t x_ring = ptx::Keep(ptx::SharedAddress(shared));
+  const uint32_t control = x_ring + kXStages * XStageBytes<kTokens>();
+  ptx::LaunchDependents();
+  const int loader = warp - warps;
+  if (loader >= 0) {
+    ptx::LowerRegisters<32>();
+    const Work work = {strip0, block0, count, warps, rank * warps};
+    // x's warp waits for those of the other CTAs.
+    if (S::kCluster > 1 && loader < 3) ptx::ClusterArrive();
+    if (loader < 2)
+      LoadValues(a, control, work, loader * 8 + lane, lane >= 8 || loader * 8 + lane >= warps);
+    else if (loader == 2)
+      LoadMasks(a, control, work, lane);
+    else
+      LoadX<kTokens>(a, control, x_ring, work, rank, lane);
+    __syncwarp();
+    if constexpr (S::kCluster > 1) {
+      if (loader < 3) ptx::ClusterWait();
+      ptx::ClusterArrive(), ptx::ClusterWait();
+    }
+    return;
+  }
+  ptx::RaiseRegisters<S::kRegisters>();
+  if constexpr (S::kCluster > 1) ptx::ClusterArrive();
+
+  const uint32_t values = control + kControlBytes + warp * kWarpBytes;
+  const uint32_t mask_ring = values + kValueRingBytes + kRingTail;
+  const uint32_t buffer = control + kControlBytes + warps * kWarpBytes + warp * kBufferBytes;
+  int next_strip = strip0, band = BandAt(a, strip0, place);
+  Range range = LoadRange(a, band, block0, min(count, a.blocks - block0));
+  Stream stream = {control + kValueFull + warp * kValueStages * 8,
+                   control + kValueEmpty + warp * kValueStages * 8, 0};
+  stream.ready = stream.limit = values;
+  const uint32_t mask_full = control + kMaskFull + warp * kMaskStages * 8;
+  const uint32_t mask_empty = control + kMaskEmpty + warp * kMaskStages * 8;
+  const uint64_t x_descriptor = ptx::Descriptor(x_ring);
+  const uint32_t mask_lane = ptx::Keep(mask_ring + lane * 4);
+  const typename S::Scan scan(lane);
+
+  uint32_t fragments[4][4];
+  Starts runs, tile = {};  // the next tile
+
+  // Waits for the values of the tile whose runs these are. `tile` is its end.
+  auto await = [&] {
+    while (__any_sync(~0u, int(tile[0] - stream.ready) > 0)) {
+      if (stream.ready == stream.limit) {  // masks that lie
+        tile[0] = tile[1] = tile[2] = tile[3] = stream.limit;
+        break;
+      }
+      if (!stream.Wait(lane)) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (runs[i] >= int(values + kValueRingBytes)) runs[i] -= kValueRingBytes;
+        tile[i] -= kValueRingBytes;
+      }
+    }
+  };
+  // Two halves a register of a fragment: loads, and packs.
+  uint32_t halves[32];
+  auto take = [&](const Word& mask) {
+    WalkHalves<0>(mask.a[0], runs[kStartOfStep[0]], halves);
+    WalkHalves<1>(mask.a[0], runs[kStartOfStep[1]], halves + 8);
+    WalkHalves<2>(mask.a[0], runs[kStartOfStep[2]], halves + 16);
+    WalkHalves<3>(mask.a[0], runs[kStartOfStep[3]], halves + 24);
+  };
+  auto pack = [&] {
+#pragma unroll
+    for (int f = 0; f < 16; ++f)
+      fragments[f / 4][f % 4] = ptx::PackHalves(halves[2 * f], halves[2 * f + 1]);
+  };
+
+  const uint32_t* offset = nullptr;  // of the current block's end
+  auto enter = [&](int block) {
+    // The shuffles tell the compiler that all lanes agree.
+    range = Clamp(a, range);
+    const uint32_t phase = Phase(ValuesAt(a, band, range.first));
+    const uint32_t start =
+        stream.Enter({__shfl_sync(~0u, range.first, 0), __shfl_sync(~0u, range.end, 0)},
+                     __shfl_sync(~0u, phase, 0));
+    const int at = min(band, a.bands - 1);
+    offset = a.offsets + int64_t(at / a.shard_bands) * a.shard_offsets +
+             int64_t(at % a.shard_bands) * a.blocks + 1 + block;
+    return static_cast<int>(start);
+  };
+  auto look = [&](int left) {  // the next strip's range, a strip ahead
+    band = BandAt(a, ++next_strip, place);
+    range = LoadRange(a, band, 0, min(left, a.blocks));
+  };
+  tile[0] = tile[1] = tile[2] = tile[3] = enter(block0);
+  look(count - min(count, a.blocks - block0));
+
+  if constexpr (S::kCluster > 1) ptx::ClusterWait();
+  __syncthreads();
+  int mask_slot = 0;  // of the next stage to wait for
+  uint32_t mask_parity = 0;
+  auto await_masks = [&] {
+    ptx::BarrierWait(mask_full + mask_slot * 8, mask_parity);
+    if (++mask_slot == kMaskStages) mask_slot = 0, mask_parity ^= 1;
+  };
+  await_masks();
+  uint32_t masks_here = 0, masks_next = mask_lane;  // of this block and of the next
+  Word mask(ptx::LoadShared32(masks_next));
+  uint32_t next_mask = ptx::LoadShared32(masks_next + 128);
+  scan.Tile(mask, tile, runs, tile);
+  await();
+  if constexpr (kEarly) {
+    take(mask);
+    pack();
+    mask = Word(next_mask);
+    scan.Tile(mask, tile, runs, tile);
+    await();
+  }
+
+  int i = 0, strip = strip0, begin = block0;
+  while (i < count) {
+    const int first = i, end = min(count, i + a.blocks - begin);  // of the segment
+    float acc[kN8][4] = {};
+    for (; i < end; ++i) {
+      const bool ends = i + 1 == end;
+      uint32_t block_end = 0;
+      masks_here = masks_next;
+      masks_next += kBlockMaskBytes;
+      if (masks_next == mask_lane + kMaskRingBytes) masks_next = mask_lane;
+      if (i % kMaskStageBlocks == 0) {
+        // What was read of the stage before this one is in registers.
+        const int last = mask_slot + 1 == kMaskStages ? 0 : mask_slot + 1;
+        __syncwarp();
+        if (i && lane == 0) ptx::BarrierArrive(mask_empty + last * 8);
+      } else if (i + 1 < count) {
+        await_masks();
+      }
+
+#pragma unroll
+      for (int j = 0; j < kBlockTiles; ++j) {
+        uint32_t after = 0;  // the mask two tiles on; none behind the last
+        if (j < 2)
+          after = ptx::LoadShared32(masks_here + (j + 2) * 128);
+        else if (!kEarly || i + 1 < count)
+          after = ptx::LoadShared32(masks_next + (j - 2) * 128);
+        if (j == 1) block_end = __ldg(offset++);
+        // The next block's first tile is about to be scanned.
+        auto enter_block = [&] {
+          if (ends) {
+            while (stream.ready != stream.limit) stream.Wait(lane);  // what offsets skip
+            if (i + 1 < count) {
+              tile[0] = enter(0);
+              look(count - i - 1 - min(count - i - 1, a.blocks));
+            } else if (kEarly) {
+              tile[0] = stream.limit;
+            }
+          } else {
+            // Blocks start on 16 bytes, or where offsets say; unless they lie.
+            const uint32_t to = stream.origin + block_end * 16;
+            if (to - tile[0] <= stream.limit - tile[0]) tile[0] = to;
+          }
+          tile[1] = tile[2] = tile[3] = tile[0];
+        };
+        if constexpr (!kEarly) {
+          take(mask);
+          pack();
+          if (j == kBlockTiles - 1) enter_block();
+        }
+
+        // ---- mma ----
+        ptx::BarrierWait(control + kXFull + j * 8, i & 1);
+        const uint64_t b = x_descriptor + j * (XStageBytes<kTokens>() >> 4);
+        // Together, or each warp reads x for itself.
+        ptx::NamedBarrier(1 + warp / 4, 128);
+        ptx::WgmmaFence();
+#pragma unroll
+        for (int s = 0; s < 4; ++s) ptx::Wgmma<kBf16>(acc, fragments[s], b + 2 * s);
+        ptx::WgmmaCommit();
+        __syncwarp();  // or the compiler starts them last
+
+        // ---- in its shadow ----
+        if constexpr (kEarly) {
+          take(mask);
+          mask = Word(after);
+          if (j != 2) scan.Tile(mask, tile, runs, tile);
+        } else {
+          mask = Word(next_mask);
+          scan.Tile(mask, tile, runs, tile);
+          next_mask = after;
+        }
+        ptx::WgmmaWait(acc);
+        if constexpr (kEarly) pack();
+        if constexpr (S::kCluster > 1) {
+          if (lane < S::kCluster) ptx::BarrierArriveAt(control + kXEmpty + j * 8, lane);
+        } else {
+          if (lane == 0) ptx::BarrierArrive(control + kXEmpty + j * 8);
+        }
+        if (kEarly && j == 2) {
+          enter_block();
+          scan.Tile(mask, tile, runs, tile);
+        }
+        if (kEarly || j < kBlockTiles - 1 || i + 1 < count) await();
+      }
+    }
+    Finish(a, cta, strip, begin == 0, begin + end - first == a.blocks, place, lane, buffer, acc);
+    ++strip;
+    begin = 0;
+  }
+  // The other CTA may still free its x here.
+  __syncwarp();
+  if constexpr (S::kCluster > 1) ptx::ClusterArrive(), ptx::ClusterWait();
+#else
+  __trap();  // only sm_90a has wgmma: Initialize says whether this code is
+#endif
+}
+
+template <typename F>
+cudaError_t ForEachKernel(F f) {
+  for (auto kernel : {WideKernel<false, 64>, WideKernel<true, 64>, WideKernel<false, 128>,
+                      WideKernel<true, 128>, WideKernel<false, 256>, WideKernel<true, 256>})
+    if (cudaError_t e = f(kernel)) return e;
+  return cudaSuccess;
+}
+
+template <int kTokens>
+cudaError_t LaunchWide(cudaStream_t stream, const Args& a, bool bf16) {
+  using S = Shape<kTokens>;
+  int shared;
+  if (cudaError_t e = MaxShared(&shared)) return e;
+  const int warps = a.warps / S::kCluster;
+  const size_t bytes = SharedBytes<kTokens>(warps);
+  if (a.warps % (4 * S::kCluster) || warps > S::kWarps || bytes > size_t(shared))
+    return cudaErrorInvalidValue;
+  return LaunchClusters(stream, S::kCluster,
+                        bf16 ? WideKernel<true, kTokens> : WideKernel<false, kTokens>,
+                        dim3(a.ctas * S::kCluster), (warps + kLoaders) * 32, bytes, true, a);
+}
+
+}  // namespace
+
+cudaError_t InitializeBitmapWide() {
+  int shared;
+  if (cudaError_t e = MaxShared(&shared)) return e;
+  return ForEachKernel([&](auto kernel) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  });
+}
+
+cudaError_t BitmapWide(cudaStream_t stream, const Args& a, bool bf16) {
+  switch (a.group) {
+    case 64:
+      return LaunchWide<64>(stream, a, bf16);
+    case 128:
+      return LaunchWide<128>(stream, a, bf16);
+    case 256:
+      return LaunchWide<256>(stream, a, bf16);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace flashllm::cuda
