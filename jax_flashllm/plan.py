@@ -215,11 +215,11 @@ def spmm(call, *args, format, shape, activation):
     rows = -(-shape[0] // shards)
     tokens = math.prod(x.shape[:-1])
     n_terms = terms(values.dtype, x.dtype)
-    if n_terms == 1 and tokens >= DENSE_TOKENS:
-        return _decoded(call, *args, format=format, shape=shape, activation=activation)
     dev = device()
     cut = _cut(format, rows, shards, shape[1], dev)
     plan = choose(format, rows, shards, shape[1], tokens, n_terms, dev, cut)
+    if n_terms == 1 and tokens >= DENSE_TOKENS and not plan.wide:
+        return _decoded(call, *args, format=format, shape=shape, activation=activation)
     out = (
         jax.ShapeDtypeStruct((*x.shape[:-1], shards * rows), x.dtype),
         jax.ShapeDtypeStruct((max(plan.workspace, 16),), jnp.uint8),

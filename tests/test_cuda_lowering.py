@@ -42,7 +42,8 @@ def test_lowering_holds_target_and_plan(format):
 
 @needs_cuda_build
 @pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
-def test_many_tokens_meet_a_decoded_weight(format):
+def test_many_tokens_meet_a_decoded_weight(format, monkeypatch):
+    monkeypatch.setattr(plan, "device", lambda: A100)
     w = jax_flashllm.encode(np.eye(100, 130, dtype=np.float16), format=format)
     many = plan.DENSE_TOKENS
     for n, dtype, decoded in [
@@ -60,8 +61,9 @@ def test_many_tokens_meet_a_decoded_weight(format):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
-def test_a_decoded_weight_multiplies_alike(format, shards, with_bias, activation):
+def test_a_decoded_weight_multiplies_alike(format, shards, with_bias, activation, monkeypatch):
     """What a GPU runs for many tokens, run on a CPU, which has decode by the same name."""
+    monkeypatch.setattr(plan, "device", lambda: A100)
     dense = sparse_matrix((100, 130), np.float16, 0.3)
     w = jax_flashllm.encode(dense, format, shards)
     many, rows = plan.DENSE_TOKENS, 3 * 34 if shards == 3 else 100
@@ -87,6 +89,10 @@ def test_many_tokens_lower_to_the_wide_kernel():
     text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="bitmap"), x)
     assert "wide = 1" in text
     assert "group = 128" in text
+    many = jnp.ones((2, plan.DENSE_TOKENS, 130), jnp.float16)
+    text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="bitmap"), many)
+    assert "wide = 1" in text
+    assert "group = 256" in text
     # Only a bitmap, and only tokens of its own type.
     text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="tiled_csl"), x)
     assert "wide = 0" in text

@@ -76,8 +76,7 @@ Sizes WorkspaceSizes(const Problem& p, const Args& a) {
   return s;
 }
 
-cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool overlap,
-                 const char** why) {
+cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap, const char** why) {
   *why = nullptr;
   const auto refuse = [&](const char* text) {
     *why = text;
@@ -89,10 +88,17 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool o
     return refuse("the capacities of values and index must be multiples of 16 bytes");
   if (plan.wide && (p.format != Format::kBitmap || p.weight != p.token))
     return refuse("only a bitmap times tokens of its own type can be wide");
-  if (plan.wide && !overlap) return refuse("wide products need a build for sm_90a");
   const size_t x_row = p.k * TypeBytes(p.token), y_row = p.shards * p.rows * TypeBytes(p.token);
   for (int64_t n0 = 0; n0 < p.n; n0 += plan.chunk) {
     const int64_t n = std::min(plan.chunk, p.n - n0);
+    // Code for sm_80 has no wgmma, wherever it runs: whole strips instead, 64 tokens a pass.
+    if (plan.wide && !overlap) {
+      plan.wide = false;
+      if (plan.group > 64) {
+        plan.group = 64;
+        plan.ctas = MakeArgs(p, plan, n).strips;
+      }
+    }
     Args a = MakeArgs(p, plan, n);
     if (int64_t(a.strips) * a.blocks > INT32_MAX) return refuse("the weight is too large");
     if (a.ctas > a.units) return refuse("the plan has more CTAs than units of work");

@@ -111,8 +111,7 @@ Sizes WorkspaceSizes(const Problem& p, const Args& a);
 
 // overlap: launch kernels before their predecessor in here ends; they wait themselves. On
 // cudaErrorInvalidValue `why` may hold the reason.
-cudaError_t Spmm(cudaStream_t stream, const Problem& p, const Plan& plan, bool overlap,
-                 const char** why);
+cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap, const char** why);
 
 // Main loops and their helpers, one file each.
 cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
