@@ -20,8 +20,9 @@ _DEFAULT_CORES = 132  # H100: for lowering where there is no GPU
 _WARP_ROWS = {"bitmap": 16, "tiled_csl": 64}
 _UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 MAX_GROUP = 64
-# From so many tokens in W's dtype on, eight passes over W, decoding it once is sure to cost less.
-DENSE_TOKENS = 512
+# From so many tokens in W's dtype on, eight passes over W, decoding it once is sure to cost less
+# (docs/kernels.md): passes of 64 tokens, and those of the wide kernel.
+DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 2048
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
 # The copy of x that the wide kernel reads: this many tokens of it at a time.
@@ -218,7 +219,7 @@ def spmm(call, *args, format, shape, activation):
     dev = device()
     cut = _cut(format, rows, shards, shape[1], dev)
     plan = choose(format, rows, shards, shape[1], tokens, n_terms, dev, cut)
-    if n_terms == 1 and tokens >= DENSE_TOKENS and not plan.wide:
+    if n_terms == 1 and tokens >= (WIDE_DENSE_TOKENS if plan.wide else DENSE_TOKENS):
         return _decoded(call, *args, format=format, shape=shape, activation=activation)
     out = (
         jax.ShapeDtypeStruct((*x.shape[:-1], shards * rows), x.dtype),

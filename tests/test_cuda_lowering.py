@@ -89,14 +89,15 @@ def test_many_tokens_lower_to_the_wide_kernel():
     text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="bitmap"), x)
     assert "wide = 1" in text
     assert "group = 128" in text
-    many = jnp.ones((2, plan.DENSE_TOKENS, 130), jnp.float16)
-    text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="bitmap"), many)
+    w = jax_flashllm.encode(dense, format="bitmap")
+    text = _lowered(jax_flashllm.spmm, w, jnp.ones((2, plan.DENSE_TOKENS, 130), jnp.float16))
     assert "wide = 1" in text
     assert "group = 256" in text
+    text = _lowered(jax_flashllm.spmm, w, jnp.ones((plan.WIDE_DENSE_TOKENS, 130), jnp.float16))
+    assert "flashllm_decode_bitmap_v1" in text
     # Only a bitmap, and only tokens of its own type.
     text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="tiled_csl"), x)
     assert "wide = 0" in text
-    w = jax_flashllm.encode(dense, format="bitmap")
     assert "wide = 0" in _lowered(jax_flashllm.spmm, w, x.astype(jnp.float32))
 
 
