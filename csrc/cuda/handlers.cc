@@ -145,10 +145,9 @@ ffi::Error SpmmHandler(cudaStream_t stream, Words index, Words offsets, AnyBuffe
   p.y = y->untyped_data();
   p.activation = static_cast<int>(activation);
   if (rows > INT32_MAX || k > INT32_MAX / 2) return Bad("the weight is too large");
-  const Plan plan = {static_cast<int>(ctas),  static_cast<int>(warps),
-                     static_cast<int>(group), chunk,
-                     wide != 0,               workspace->untyped_data(),
-                     workspace->size_bytes()};
+  const Plan plan = {
+      static_cast<int>(ctas),    static_cast<int>(warps), static_cast<int>(group), chunk, wide != 0,
+      workspace->untyped_data(), workspace->size_bytes()};
   int device;
   if (auto e = Check(cudaGetDevice(&device), "cudaGetDevice"); e.failure()) return e;
   const char* why;

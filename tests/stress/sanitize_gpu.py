@@ -299,10 +299,10 @@ def valid(run: Runtime, quick: bool) -> int:
         count += 4
     if run.host:
         return count
-    # 512 tokens, for which W is decoded and XLA multiplies.
+    # 2048 tokens, for which W is decoded and XLA multiplies.
     for format in FORMATS:
         dense, w = weight((40, 136), np.float16, 0.3, format, 1, 0)
-        x = np.random.default_rng(0).standard_normal((512, 136), np.float32).astype(np.float16)
+        x = np.random.default_rng(0).standard_normal((2048, 136), np.float32).astype(np.float16)
         assert_product(spmm(run, w, x, None, None), x, dense, None, None)
         count += 1
     # One lane to 32 a slot, some of them past the head's end; one round of slots and several.
