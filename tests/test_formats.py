@@ -532,11 +532,15 @@ def _packed(dense):
 
 @pytest.mark.parametrize("negative_zero", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize(
-    "shapes", [[(1, 1)], [(16, 64)], [(33, 300), (16, 300)], [(40, 1030), (7, 1030), (1, 1030)]]
+    "shapes",
+    [[(1, 1)], [(16, 64)], [(33, 300), (16, 300)], [(40, 1030), (7, 1030), (1, 1030)]],
 )
-def test_a_bitmap_of_packed_matrices_is_that_of_the_dense_one(shapes, dtype, negative_zero):
-    matrices = [sparse_matrix(shape, dtype, 0.6, seed=i) for i, shape in enumerate(shapes)]
+def test_a_bitmap_of_packed_matrices_is_that_of_the_dense_one(
+    kernels, shapes, density, dtype, negative_zero
+):
+    matrices = [sparse_matrix(shape, dtype, density, seed=i) for i, shape in enumerate(shapes)]
     if negative_zero:  # stored by some, and a zero
         matrices[0].view(np.uint16)[0, 0] = 0x8000
     parts = [_packed(m) for m in matrices]

@@ -10,6 +10,7 @@
 
 #include "../bitmap.h"
 #include "../tiled_csl.h"
+#include "kernels.h"
 
 namespace flashllm {
 namespace {
@@ -59,24 +60,18 @@ uint64_t Bytes(const uint8_t* p, int64_t count) {
   return v;
 }
 
-void LoadPatch(const PackedView& w, int64_t row0, int64_t row_end, int64_t col0, int rows, int cols,
-               uint16_t* out) {
-  const int64_t width = std::clamp<int64_t>(w.cols - col0, 0, cols);
-  const int64_t row_bytes = bitmap::CeilDiv(w.cols, 8), before = col0 / 8;
-  std::memset(out, 0, int64_t(rows) * cols * sizeof(uint16_t));
-  if (!width) return;
-  for (int64_t row = row0; row < std::min(row_end, row0 + rows); ++row, out += cols) {
-    const uint8_t* bits = w.bits + row * row_bytes;
-    const uint16_t* value = w.values + w.starts[row];
-    for (int64_t b = 0; b < before; b += 8)
-      value += __builtin_popcountll(Bytes(bits + b, before - b));
-    const int64_t bytes = bitmap::CeilDiv(width, 8);
-    for (int64_t b = 0; b < bytes; b += 8)
-      for (uint64_t left = Bytes(bits + before + b, bytes - b); left; left &= left - 1) {
-        const uint16_t v = *value++;
-        out[8 * b + __builtin_ctzll(left)] = v == 0x8000 ? 0 : v;
-      }
-  }
+// Inline: without an instruction for it the compiler's own is a call.
+int PopCount(uint64_t v) {
+  v -= v >> 1 & 0x5555555555555555ull;
+  v = (v & 0x3333333333333333ull) + (v >> 2 & 0x3333333333333333ull);
+  return static_cast<int>(((v + (v >> 4)) & 0x0f0f0f0f0f0f0f0full) * 0x0101010101010101ull >> 56);
+}
+
+// Bits set in the first `bytes` bytes at p.
+int64_t PopCount(const uint8_t* p, int64_t bytes) {
+  int64_t count = 0, b = 0;
+  for (; b + 8 <= bytes; b += 8) count += PopCount(Bytes(p + b, 8));
+  return b < bytes ? count + PopCount(Bytes(p + b, bytes - b)) : count;
 }
 
 // Counts (a vector of 8 each) to offsets, in place: counts[i] is block i's, the last is unused.
@@ -105,10 +100,11 @@ uint32_t NonzeroNibble(const uint16_t* p) {
   return static_cast<uint32_t>(((any >> 15) * 0x0001000200040008ull) >> 48) & 0xf;
 }
 
-// Four nibbles to the low halves of four bytes.
-uint32_t Spread(uint32_t v) {
-  v = (v | v << 8) & 0x00ff00ff;
-  return (v | v << 4) & 0x0f0f0f0f;
+// Eight nibbles to the low halves of eight bytes.
+uint64_t Spread(uint64_t v) {
+  v = (v | v << 16) & 0x0000ffff0000ffffull;
+  v = (v | v << 8) & 0x00ff00ff00ff00ffull;
+  return (v | v << 4) & 0x0f0f0f0f0f0f0f0full;
 }
 
 struct Block {
@@ -144,47 +140,187 @@ void MasksOf(const uint16_t* patch, int tiles, uint32_t* out) {
     }
 }
 
-// The same from what says it more shortly; false where nothing does.
-bool MasksOf(const DenseView&, const Block&, int, uint32_t*) { return false; }
-
-bool MasksOf(const PackedView& w, const Block& b, int tiles, uint32_t* out) {
+// The values of a block, in its masks' order. Returns their end; up to one more is written.
+uint16_t* ValuesOf(const uint16_t* patch, int tiles, const uint32_t* mask, uint16_t* p) {
   using namespace bitmap;
-  if (!w.plain) return false;
-  const int64_t row_bytes = CeilDiv(w.cols, 8), first = b.col0 / 8;
-  for (int tile = 0; tile < tiles; ++tile, out += kLanes) {
-    uint64_t bits[kBandRows];
-    for (int r = 0; r < kBandRows; ++r) {
-      const int64_t row = b.row0 + r, at = first + 8 * tile;
-      bits[r] = row < b.row_end ? Bytes(w.bits + row * row_bytes + at, row_bytes - at) : 0;
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      // Four bits a step: of its sixteen columns in row g, and in row g + 8.
-      const int g = TileRow(lane, 0), shift = TileCol(lane, 0, 0);
-      out[lane] = Spread(bits[g] >> shift & 0xffff) | Spread(bits[g + 8] >> shift & 0xffff) << 4;
+  for (int tile = 0; tile < tiles; ++tile, mask += kLanes) {
+    for (int i = 0; i < kSteps; ++i) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const uint32_t bits = mask[lane] >> (8 * i) & 0xff;
+        const uint16_t* src =
+            patch + TileRow(lane, 0) * kBlockCols + tile * kTileCols + TileCol(lane, i, 0);
+        for (int h = 0; h < 2; ++h, src += 8 * kBlockCols)
+          for (int j = 0; j < 4; ++j) {  // store always, advance if kept: no branch to miss
+            *p = src[j];
+            p += bits >> (4 * h + j) & 1;
+          }
+      }
     }
   }
-  return true;
+  return p;
 }
 
+// Masks and values of a bitmap's blocks. Those of a band are cheapest in their order.
+template <typename View>
+class Blocks;
+
+template <>
+class Blocks<DenseView> {
+ public:
+  explicit Blocks(const DenseView& w) : w_(w) {}
+
+  void Masks(const Block& b, int tiles, uint32_t* out) {
+    Load(b);
+    MasksOf(patch_, tiles, out);
+  }
+
+  uint16_t* Values(const Block& b, int tiles, const uint32_t* masks, uint16_t* out) {
+    Load(b);
+    return ValuesOf(patch_, tiles, masks, out);
+  }
+
+ private:
+  void Load(const Block& b) {
+    using namespace bitmap;
+    LoadPatch(w_, b.row0, b.row_end, b.col0, kBandRows, kBlockCols, patch_);
+  }
+
+  const DenseView& w_;
+  alignas(64) uint16_t patch_[bitmap::kBlockWeights];
+};
+
+template <>
+class Blocks<PackedView> {
+ public:
+  explicit Blocks(const PackedView& w) : w_(w), reorder_(Active().reorder) {}
+
+  void Masks(const Block& b, int tiles, uint32_t* out) {
+    using namespace bitmap;
+    if (!w_.plain) {
+      Load(b);
+      MasksOf(patch_, tiles, out);
+      return;
+    }
+    for (int tile = 0; tile < tiles; ++tile, out += kLanes) {
+      uint64_t bits[kBandRows];
+      Bits(b, tile, bits);
+      // Two lanes at a time: sixteen columns each of row g, and of row g + 8.
+      for (int lane = 0; lane < kLanes; lane += 2) {
+        const int g = TileRow(lane, 0), shift = TileCol(lane, 0, 0);
+        const uint64_t top = Spread(bits[g] >> shift & 0xffffffff);
+        const uint64_t both = top | Spread(bits[g + 8] >> shift & 0xffffffff) << 4;
+        out[lane] = static_cast<uint32_t>(both);
+        out[lane + 1] = static_cast<uint32_t>(both >> 32);
+      }
+    }
+  }
+
+  uint16_t* Values(const Block& b, int tiles, const uint32_t* masks, uint16_t* out) {
+    using namespace bitmap;
+    if (!reorder_) {
+      Load(b);
+      return ValuesOf(patch_, tiles, masks, out);
+    }
+    Seek(b);
+    for (int tile = 0; tile < tiles; ++tile, masks += kLanes) {
+      uint64_t bits[kBandRows];
+      Bits(b, tile, bits);
+      out = reorder_(bits, rows_, masks, out);
+    }
+    return out;
+  }
+
+ private:
+  // Of each row the 64 bits of a tile; none outside the matrix.
+  void Bits(const Block& b, int tile, uint64_t (&out)[bitmap::kBandRows]) const {
+    const int64_t row_bytes = bitmap::CeilDiv(w_.cols, 8);
+    const int64_t at = (b.col0 + tile * bitmap::kTileCols) / 8;
+    for (int r = 0; r < bitmap::kBandRows; ++r) {
+      const bool inside = b.row0 + r < b.row_end && at < row_bytes;
+      out[r] = inside ? Bytes(w_.bits + (b.row0 + r) * row_bytes + at, row_bytes - at) : 0;
+    }
+  }
+
+  // Lets rows_ point to where the block's values start, and remembers where those of the next do.
+  void Seek(const Block& b) {
+    if (b.row0 != row0_ || b.col0 != col0_)
+      for (int64_t r = b.row0; r < std::min(b.row_end, b.row0 + bitmap::kBandRows); ++r)
+        rows_[r - b.row0] = w_.values + w_.starts[r] +
+                            PopCount(w_.bits + r * bitmap::CeilDiv(w_.cols, 8), b.col0 / 8);
+    row0_ = b.row0;
+    col0_ = b.col0 + bitmap::kBlockCols;
+  }
+
+  // The block, dense.
+  void Load(const Block& b) {
+    using namespace bitmap;
+    Seek(b);
+    std::memset(patch_, 0, sizeof patch_);
+    for (int tile = 0; tile < kBlockTiles; ++tile) {
+      uint64_t bits[kBandRows];
+      Bits(b, tile, bits);
+      for (int r = 0; r < kBandRows; ++r) {
+        uint16_t* row = patch_ + r * kBlockCols + tile * kTileCols;
+        for (uint64_t left = bits[r]; left; left &= left - 1) {
+          const uint16_t v = *rows_[r]++;
+          row[__builtin_ctzll(left)] = v == 0x8000 ? 0 : v;
+        }
+      }
+    }
+  }
+
+  const PackedView& w_;
+  const ReorderFn reorder_;
+  int64_t row0_ = -1, col0_ = -1;
+  const uint16_t* rows_[bitmap::kBandRows] = {};
+  alignas(64) uint16_t patch_[bitmap::kBlockWeights];
+};
+
 }  // namespace
+
+PackedView CheckPacked(const uint8_t* bits, const int64_t* starts, const uint16_t* values,
+                       int64_t rows, int64_t cols, int64_t count) {
+  const int64_t bytes = bitmap::CeilDiv(cols, 8);
+  std::atomic<bool> same_starts{true}, inside{true}, same_count{true}, plain{true};
+  ParallelChunks(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const uint8_t* row = bits + r * bytes;
+      if (cols % 8 && row[bytes - 1] >> (cols % 8)) inside = false;
+      // From 0 in steps of 0 or more up to `count`: no start can lie outside.
+      const auto behind = static_cast<int64_t>(uint64_t(starts[r]) + PopCount(row, bytes));
+      if (r == 0 && starts[r] != 0) same_starts = false;
+      if (r + 1 < rows && behind != starts[r + 1]) same_starts = false;
+      if (r + 1 == rows && behind != count) same_count = false;
+    }
+  });
+  if (!same_starts)
+    throw std::invalid_argument("bitmap_of_packed: starts differ from the counts of the bits");
+  if (!inside) throw std::invalid_argument("bitmap_of_packed: a bit lies outside the matrix");
+  if (!same_count)
+    throw std::invalid_argument("bitmap_of_packed: as many values as bits are needed");
+  ParallelChunks(count, [&](int64_t begin, int64_t end) {
+    uint16_t any = 0;  // as wide as a value, so that it vectorizes
+    for (int64_t i = begin; i < end; ++i) any |= values[i] == 0x8000 ? 1 : 0;
+    if (any) plain = false;
+  });
+  return {bits, starts, values, rows, cols, 1, plain};
+}
 
 template <typename View>
 int64_t CountBitmap(const View& w, uint32_t* masks, uint32_t* offsets) {
   using namespace bitmap;
   const Dims d(ShardRows(w), w.cols);
   ParallelChunks(w.shards * d.bands * d.blocks, [&](int64_t begin, int64_t end) {
-    alignas(64) uint16_t patch[kBandRows * kBlockCols];
+    Blocks<View> blocks(w);
     for (int64_t index = begin; index < end; ++index) {
       const Block b = BitmapBlock(w, d, index);
       const int64_t tile0 = b.block * kBlockTiles;
       const int tiles = static_cast<int>(std::min<int64_t>(kBlockTiles, d.tiles - tile0));
       uint32_t* out = masks + b.shard * d.masks() + (b.band * d.tiles + tile0) * kLanes;
-      if (!MasksOf(w, b, tiles, out)) {
-        LoadPatch(w, b.row0, b.row_end, b.col0, kBandRows, kBlockCols, patch);
-        MasksOf(patch, tiles, out);
-      }
-      uint32_t count = 0;
-      for (int i = 0; i < tiles * kLanes; ++i) count += __builtin_popcount(out[i]);
+      blocks.Masks(b, tiles, out);
+      int count = 0;
+      for (int i = 0; i < tiles * kLanes; i += 2)
+        count += PopCount(uint64_t(out[i]) << 32 | out[i + 1]);
       offsets[b.shard * d.offsets() + b.band * d.blocks + b.block] = CeilDiv(count, kVector);
     }
   });
@@ -201,29 +337,14 @@ void FillBitmap(const View& w, const uint32_t* masks, const uint32_t* offsets, i
   const Dims d(ShardRows(w), w.cols);
   const int64_t shard_blocks = d.bands * d.blocks;
   ParallelChunks(w.shards * shard_blocks, [&](int64_t begin, int64_t end) {
-    alignas(64) uint16_t patch[kBandRows * kBlockCols];
-    alignas(64) uint16_t run[kBlockWeights + 4];
+    Blocks<View> blocks(w);
+    alignas(64) uint16_t run[kBlockWeights + 32];
     for (int64_t index = begin; index < end; ++index) {
       const Block b = BitmapBlock(w, d, index);
-      LoadPatch(w, b.row0, b.row_end, b.col0, kBandRows, kBlockCols, patch);
       const int64_t tile0 = b.block * kBlockTiles;
       const int tiles = static_cast<int>(std::min<int64_t>(kBlockTiles, d.tiles - tile0));
       const uint32_t* mask = masks + b.shard * d.masks() + (b.band * d.tiles + tile0) * kLanes;
-      uint16_t* p = run;
-      for (int tile = 0; tile < tiles; ++tile, mask += kLanes) {
-        for (int i = 0; i < kSteps; ++i) {
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const uint32_t bits = mask[lane] >> (8 * i) & 0xff;
-            const uint16_t* src =
-                patch + TileRow(lane, 0) * kBlockCols + tile * kTileCols + TileCol(lane, i, 0);
-            for (int h = 0; h < 2; ++h, src += 8 * kBlockCols)
-              for (int j = 0; j < 4; ++j) {  // store always, advance if kept: no branch to miss
-                *p = src[j];
-                p += bits >> (4 * h + j) & 1;
-              }
-          }
-        }
-      }
+      const uint16_t* p = blocks.Values(b, tiles, mask, run);
       const uint32_t* offset = offsets + b.shard * d.offsets() + b.band * d.blocks + b.block;
       const int64_t room = static_cast<int64_t>(offset[1] - offset[0]) * kVector;
       uint16_t* dst = values + b.shard * capacity + static_cast<int64_t>(offset[0]) * kVector;
@@ -272,7 +393,7 @@ struct Lists {
         std::memcpy(top, from + row * stride + col, sizeof top);
         std::memcpy(bottom, from + (row + 8) * stride + col, sizeof bottom);
         const uint32_t lane[4] = {top[0], bottom[0], top[1], bottom[1]};
-        std::memcpy(weights + Half(row, col), lane, sizeof lane);
+        std::memcpy(weights + tiled_csl::Half(row, col), lane, sizeof lane);
       }
   }
 

@@ -17,11 +17,16 @@ struct DenseView {
 // -0.0 is a zero here.
 struct PackedView {
   const uint8_t* bits;
-  const int64_t* starts;  // of a row in `values`; the caller has checked them and the bits
+  const int64_t* starts;  // of a row in `values`
   const uint16_t* values;
   int64_t rows, cols, shards;
   bool plain;  // no value is -0.0: the bits are the masks
 };
+
+// Throws std::invalid_argument where bits, starts and `count` values disagree: from here on the
+// bits alone decide what is read.
+PackedView CheckPacked(const uint8_t* bits, const int64_t* starts, const uint16_t* values,
+                       int64_t rows, int64_t cols, int64_t count);
 
 // Both run in two calls: the first sizes `values` (the largest shard, in elements), so
 // that the caller allocates; the second fills. Buffers are [shards, ...], row-major.

@@ -34,11 +34,21 @@ enum class Status {
 
 using BitmapFn = Status (*)(const BitmapBand&, float* sums);
 
+// The values of a tile of W, row by row, in a bitmap's order. bits: each row's 64. rows: where its
+// values start; moved behind them. masks: the tile's; they may want fewer than the bits have.
+// Returns the end of what is written, behind which it writes up to 31 values more.
+using ReorderFn = uint16_t* (*)(const uint64_t (&bits)[bitmap::kBandRows],
+                                const uint16_t* (&rows)[bitmap::kBandRows], const uint32_t* masks,
+                                uint16_t* out);
+
 struct Kernels {
   const char* name;
   BitmapFn bitmap_f16, bitmap_bf16;
   BitmapFn bitmap_bf16_dot;  // x in bf16; null where the instruction is missing
+  ReorderFn reorder;         // null: encode.cc does it
 };
+
+const Kernels& Active();  // spmm.cc
 
 extern const Kernels kPortableKernels;
 #ifdef FLASHLLM_X86

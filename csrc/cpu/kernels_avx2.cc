@@ -118,10 +118,7 @@ Status BitmapAvx2(const BitmapBand& band, float* sums) {
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2",
-    BitmapAvx2<Half::kF16>,
-    BitmapAvx2<Half::kBF16>,
-    nullptr,
+    "avx2", BitmapAvx2<Half::kF16>, BitmapAvx2<Half::kBF16>, nullptr, nullptr,
 };
 
 }  // namespace flashllm

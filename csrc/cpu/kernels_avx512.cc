@@ -237,13 +237,52 @@ Status BitmapBf16Dot(const BitmapBand& band, float* sums) {
   return band.tokens == 1 ? DotOneToken(band, sums) : DotManyTokens(band, sums);
 }
 
+// 64 weights of a row, as `bits` has them; moves p behind their values.
+inline void ExpandRow(uint64_t bits, const uint16_t*& p, __m512i (&out)[2]) {
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t mask = static_cast<uint32_t>(bits >> (32 * i));
+    const int count = __builtin_popcount(mask);
+    // Nothing behind the row's values is touched: they may be the last ones.
+    out[i] = _mm512_maskz_expand_epi16(mask, _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, count), p));
+    p += count;
+  }
+}
+
+// Four neighbouring weights of a row are 64 bits, and step i takes number 4 t + i of the sixteen.
+uint16_t* Reorder(const uint64_t (&bits)[kBandRows], const uint16_t* (&rows)[kBandRows],
+                  const uint32_t* masks, uint16_t* out) {
+  uint32_t m[kLanes];
+  TileMasks(masks, m);
+  __m512i steps[kSteps][8];
+  const __m512i first = _mm512_setr_epi64(0, 8, 4, 12, 1, 9, 5, 13);  // steps 0 and 1, t = 0 and 1
+  const __m512i second = _mm512_add_epi64(first, _mm512_set1_epi64(2));
+  const __m512i low = _mm512_setr_epi64(0, 1, 2, 3, 8, 9, 10, 11);
+  const __m512i high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
+  for (int g = 0; g < 8; ++g) {
+    __m512i top[2], bottom[2];
+    ExpandRow(bits[g], rows[g], top);
+    ExpandRow(bits[g + 8], rows[g + 8], bottom);
+    const __m512i a = _mm512_permutex2var_epi64(top[0], first, bottom[0]);
+    const __m512i b = _mm512_permutex2var_epi64(top[1], first, bottom[1]);
+    const __m512i c = _mm512_permutex2var_epi64(top[0], second, bottom[0]);
+    const __m512i d = _mm512_permutex2var_epi64(top[1], second, bottom[1]);
+    steps[0][g] = _mm512_permutex2var_epi64(a, low, b);
+    steps[1][g] = _mm512_permutex2var_epi64(a, high, b);
+    steps[2][g] = _mm512_permutex2var_epi64(c, low, d);
+    steps[3][g] = _mm512_permutex2var_epi64(c, high, d);
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    // In the register: the memory form of vpcompressw is many times slower.
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(m[i], steps[i / 8][i % 8]));
+    out += __builtin_popcount(m[i]);
+  }
+  return out;
+}
+
 }  // namespace
 
 const Kernels kAvx512Kernels = {
-    "avx512",
-    OneOrManyF16,
-    OneOrManyBf16,
-    BitmapBf16Dot,
+    "avx512", OneOrManyF16, OneOrManyBf16, BitmapBf16Dot, Reorder,
 };
 
 }  // namespace flashllm

@@ -36,10 +36,7 @@ Status BitmapPortable(const BitmapBand& band, float* sums) {
 }  // namespace
 
 const Kernels kPortableKernels = {
-    "portable",
-    BitmapPortable<Half::kF16>,
-    BitmapPortable<Half::kBF16>,
-    nullptr,
+    "portable", BitmapPortable<Half::kF16>, BitmapPortable<Half::kBF16>, nullptr, nullptr,
 };
 
 }  // namespace flashllm

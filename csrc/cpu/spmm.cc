@@ -40,11 +40,15 @@ const Kernels* Best() {
   return &kPortableKernels;
 }
 
+}  // namespace
+
 const Kernels& Active() {
   const Kernels* k = g_kernels.load();
   if (!k) g_kernels.store(k = Best());
   return *k;
 }
+
+namespace {
 
 bool HasBf16Dot() {
 #ifdef FLASHLLM_X86

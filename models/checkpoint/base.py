@@ -26,6 +26,7 @@ import numpy as np
 MAX_TENSORS = 65_536
 MAX_HEADER = 100_000_000
 MAX_SMALL = 2 << 20
+READ_AHEAD = 64 << 20  # what the disk is to read on its own, while the last bytes are worked on
 MAX_DIMS = 8
 
 # safetensors' names; the sub-byte types are left out.
@@ -73,6 +74,7 @@ class File:
 
     def __init__(self, path: Path):
         self.path, self._fd = path, -1
+        self._ahead = 0  # up to here the system was asked to read
         try:
             # Without O_NONBLOCK, opening a FIFO waits for a writer for ever.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -123,6 +125,10 @@ class File:
     def _fill(self, view: memoryview, offset: int, field: str) -> None:
         if self._fd < 0:
             self.fail(field, "the checkpoint is closed; read before leaving its `with` block")
+        end = offset + len(view)
+        if end + READ_AHEAD // 2 > self._ahead and hasattr(os, "posix_fadvise"):
+            start, self._ahead = max(self._ahead, offset), end + READ_AHEAD
+            os.posix_fadvise(self._fd, start, self._ahead - start, os.POSIX_FADV_WILLNEED)
         done = 0
         while done < len(view):
             try:

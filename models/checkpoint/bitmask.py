@@ -72,7 +72,9 @@ class Bitmask:
         mask, offsets = self.bitmask.read(), self.row_offsets.read()
         if cols % 8 and np.any(mask[:, -1] >> (cols % 8)):
             file.fail(field, f"has bits set past column {cols}; fetch the file again")
-        counts = np.bitwise_count(mask).sum(axis=1, dtype=np.int64)
+        # Eight bytes at a time where rows are made of eights.
+        words = mask.view(np.uint64) if mask.shape[1] % 8 == 0 else mask
+        counts = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
         ends = np.cumsum(counts)
         total = int(ends[-1]) if rows else 0
         if total != self.nnz:
