@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax._src import dispatch  # for one line, in `register`
+from jax._src import dispatch  # for one set, in `register`
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
@@ -197,6 +197,29 @@ def register(
     for platform, local in locals.items():
         rule = functools.partial(_lower, name, roles, local)
         mlir.register_lowering(p, rule, platform=platform)
+
+
+def register_composed(
+    p: Primitive, shape: Callable, composed: Callable, locals: Mapping[str, Callable]
+) -> None:
+    """As `register`, for a `p` of several results that does what `composed` does.
+
+    shape: (*avals, **params) -> avals of the results.
+    locals: by platform, the op on one device. Everywhere else it is `composed` that runs.
+    """
+    p.multiple_results = True
+    p.def_impl(functools.partial(xla.apply_primitive, p))
+    p.def_abstract_eval(shape)
+    dispatch.prim_requires_devices_during_lowering.add(p)  # for what it is composed of
+    mlir.register_lowering(p, mlir.lower_fun(composed, multiple_results=True))
+    for platform, local in locals.items():
+
+        def lower(ctx, *args, local=local, **params):
+            alone = _mesh(ctx.module_context.axis_context) is None
+            run = mlir.lower_fun(local if alone else composed, multiple_results=True)
+            return run(ctx, *args, **params)
+
+        mlir.register_lowering(p, lower, platform=platform)
 
 
 def _abstract(name, roles, result, /, *avals, batch, out_sharding, **params):

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +193,23 @@ def _wide(bands: int, blocks: int, tokens: int, dev: Device) -> Plan:
     slots = 0 if strips % ctas == 0 else 2
     workspace = groups * group * blocks * 512 + ctas * slots * warps * 16 * group * 4
     return Plan(ctas, warps, group, chunk, 1, workspace)
+
+
+def chain(
+    weights: Sequence[tuple[str, tuple[int, int]]], tokens: int, dev: Device
+) -> tuple[list[Plan], int]:
+    """Plans the products of a chain, for 1 to 64 tokens, and the bytes of its workspace.
+
+    weights: format and [M, K] of each W, which is one block. The workspace is two products'
+    results, which take turns, and then each product's own.
+    """
+    dev = dataclasses.replace(dev, wgmma=False)  # csrc/cuda/chain.h: mma alone
+    plans = [
+        choose(format, m, 1, k, tokens, 1, dev, _cut(format, m, 1, k, dev))
+        for format, (m, k) in weights
+    ]
+    result = _align(tokens * max(m for _, (m, _) in weights) * 2)
+    return plans, 2 * result + sum(_align(p.workspace) for p in plans)
 
 
 # What `tune` has kept. tuning.py, which multiplies and so lies above this, puts its lookup here.

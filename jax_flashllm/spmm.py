@@ -12,7 +12,7 @@ from jax_flashllm.formats.weight import HALF_DTYPES, check_process
 from jax_flashllm.kernel import ACTIVATIONS, NO_BIAS, decode_p, spmm_p
 from jax_flashllm.partition import cut
 
-_X_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
+FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)  # of x and bias
 
 
 def spmm(
@@ -43,31 +43,8 @@ def spmm(
 
     Raises TypeError for other types or dtypes, ValueError when K or M differ.
     """
-    _check_weight("spmm", w)
+    check_product("spmm", w, x, bias, activation)
     m, k = w.local_shape
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"spmm: x must be an array, got {type(x).__name__}")
-    if x.dtype not in _X_DTYPES:
-        raise TypeError(
-            f"spmm: x is {x.dtype}; cast it to float16, bfloat16 or float32, "
-            "e.g. x.astype(jnp.float32)"
-        )
-    if x.ndim < 1 or x.shape[-1] != k:
-        got = x.shape[-1] if x.ndim else "no"
-        raise ValueError(
-            f"spmm: x has {got} features but W is [{m}, {k}]; pass x of shape [..., {k}]"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"spmm: activation must be None, 'relu' or 'gelu', got {activation!r}")
-    if bias is not None:
-        if not hasattr(bias, "dtype"):
-            raise TypeError(f"spmm: bias must be an array, got {type(bias).__name__}")
-        if bias.shape != (m,):
-            raise ValueError(
-                f"spmm: bias is {list(bias.shape)} but W is [{m}, {k}]; pass bias [{m}]"
-            )
-        if bias.dtype not in _X_DTYPES:
-            raise TypeError(f"spmm: bias is {bias.dtype}; cast it to x's dtype, {x.dtype}")
     x = jnp.asarray(x)
     wanted = None if out_sharding is None else _wanted(out_sharding, w, x)
     if x.size == 0:
@@ -96,6 +73,35 @@ def spmm(
     if bias is not None:
         y = y + bias.astype(y.dtype)
     return ACTIVATIONS[activation][1](y)
+
+
+def check_product(op: str, w: SparseWeight, x, bias, activation) -> None:
+    """Raises what `spmm` does, with `op` in front. Of x only shape and dtype count."""
+    _check_weight(op, w)
+    m, k = w.local_shape
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{op}: x must be an array, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: x is {x.dtype}; cast it to float16, bfloat16 or float32, "
+            "e.g. x.astype(jnp.float32)"
+        )
+    if x.ndim < 1 or x.shape[-1] != k:
+        got = x.shape[-1] if x.ndim else "no"
+        raise ValueError(
+            f"{op}: x has {got} features but W is [{m}, {k}]; pass x of shape [..., {k}]"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be None, 'relu' or 'gelu', got {activation!r}")
+    if bias is not None:
+        if not hasattr(bias, "dtype"):
+            raise TypeError(f"{op}: bias must be an array, got {type(bias).__name__}")
+        if bias.shape != (m,):
+            raise ValueError(
+                f"{op}: bias is {list(bias.shape)} but W is [{m}, {k}]; pass bias [{m}]"
+            )
+        if bias.dtype not in FLOATS:
+            raise TypeError(f"{op}: bias is {bias.dtype}; cast it to x's dtype, {x.dtype}")
 
 
 def _wanted(out_sharding, w: SparseWeight, x: jax.Array) -> PartitionSpec:

@@ -9,7 +9,8 @@ vocabulary. Zhang et al., OPT: Open Pre-trained Transformer Language Models (202
 from __future__ import annotations
 
 import os
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,12 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
+from jax_flashllm.chain import Stage, chain
 from jax_flashllm.models.attention import attend, decode
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout
+from jax_flashllm.nn import SparseDense
 from jax_flashllm.spmm import spmm
 
 # The position table starts with two rows that real tokens never use; left pads read row 1.
@@ -98,6 +101,51 @@ def apply(
     return jax.nn.gelu(y, approximate=False) if activation == "gelu" else y
 
 
+class Product(NamedTuple):
+    """One of a row of products: x = activation(layer(x)); or h += that, and x = norm(h)."""
+
+    layer: Any
+    activation: str | None = None
+    add: bool = False
+    norm: nnx.LayerNorm | None = None
+
+
+def apply_row(
+    products: Sequence[Product], x: jax.Array, h: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """h and x after all `products`: as one `chain` if they are sparse, else one by one.
+
+    x: [..., K] of the first.   h: [..., H], the residual stream.
+    """
+    if all(_can_chain(p, x.dtype, h.dtype) for p in products):
+        return chain(x, h, [_stage(p) for p in products], LAYER_NORM_EPSILON)
+    for p in products:
+        y = apply(p.layer, x, p.activation)
+        if p.add:
+            h = h + y
+            x = h if p.norm is None else p.norm(h)
+        else:
+            x = y
+    return h, x
+
+
+def _can_chain(p: Product, *dtypes: Any) -> bool:
+    """Whether a stage of a chain gives what layer and norm give, in these dtypes."""
+    parts = (p.layer, p.norm) if p.add else (p.layer,)
+    return isinstance(p.layer, SparseDense) and all(
+        part is not None and part.dtype is not None and jnp.dtype(part.dtype) == dtype
+        for part in parts
+        for dtype in dtypes
+    )
+
+
+def _stage(p: Product) -> Stage:
+    vectors = p.layer.bias, getattr(p.norm, "scale", None), getattr(p.norm, "bias", None)
+    # In the dtype of the layer, as that itself takes them.
+    bias, scale, shift = (None if v is None else v[...].astype(p.layer.dtype) for v in vectors)
+    return Stage(p.layer.weight, bias, p.activation, p.add, scale, shift)
+
+
 def _add(y: jax.Array, bias: nnx.Variable | None) -> jax.Array:
     return y if bias is None else y + bias[...].astype(y.dtype)
 
@@ -158,12 +206,25 @@ class Attention(nnx.Module):
         `implementation` counts where they do.
         Returns [B, T, H] and, with a cache, the layer's keys and values after this.
         """
-        B, T, _ = x.shape
-        qkv = apply(self.qkv_proj, x).reshape(B, T, 3, self.num_heads, -1)
+        y, kv = self.mix(apply(self.qkv_proj, x), mask, implementation, cache, layer, empty)
+        return apply(self.out_proj, y, None, self.layout), kv
+
+    def mix(
+        self,
+        qkv: jax.Array,
+        mask: jax.Array | None,
+        implementation: Implementation = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        empty: bool = False,
+    ):
+        """`__call__` between its products.   qkv: [B, T, 3H].   Returns [B, T, H] and the rest."""
+        B, T, _ = qkv.shape
+        qkv = qkv.reshape(B, T, 3, self.num_heads, -1)
         if T == 1 and cache is not None and mask is not None and not empty:
             held = cache.keys[layer], cache.values[layer]
             y, *kv = decode(qkv[:, 0], *held, mask[:, 0], cache.length)
-            return apply(self.out_proj, y[:, None], None, self.layout), tuple(kv)
+            return y[:, None], tuple(kv)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, h, d]
         q = q * q.shape[-1] ** -0.5  # after the bias, as OPT was trained
         # [B, T, h, d] -> [B * h, T, d]
@@ -174,14 +235,13 @@ class Attention(nnx.Module):
             y = jax.nn.dot_product_attention(
                 q, k, v, mask=mask, scale=1.0, is_causal=mask is None, implementation=implementation
             )
-            return apply(self.out_proj, y.reshape(B, T, -1), None, self.layout), kv
+            return y.reshape(B, T, -1), kv
         if kv is not None and not empty:
             K, V = (a.astype(q.dtype) for a in kv)
         if mask is None:
             mask = jnp.tril(jnp.ones((1, T, T), bool))
         y = attend(Q, K, V, mask)
-        y = y.reshape(B, self.num_heads, T, -1).swapaxes(1, 2).reshape(B, T, -1)
-        return apply(self.out_proj, y, None, self.layout), kv
+        return y.reshape(B, self.num_heads, T, -1).swapaxes(1, 2).reshape(B, T, -1), kv
 
 
 class DecoderLayer(nnx.Module):
@@ -295,14 +355,17 @@ class OPT(nnx.Module):
             mask = jnp.tril(jnp.ones((T, T), bool)) & (new > 0)[:, None, :]
 
         x = self.embed(input_ids, positions)
-        written = []
-        for i, layer in enumerate(self.layers):
-            x, kv = layer(x, mask, self.attention_implementation, cache, i, empty)
-            written.append(kv)
-        if last_only:
-            x = x[:, -1:]
-        if self.final_layer_norm is not None:
-            x = self.final_layer_norm(x)
+        if T == 1 and cache is not None and not empty and self._has_rows:
+            x, written = self._next(x, mask, cache)
+        else:
+            written = []
+            for i, layer in enumerate(self.layers):
+                x, kv = layer(x, mask, self.attention_implementation, cache, i, empty)
+                written.append(kv)
+            if last_only:
+                x = x[:, -1:]
+            if self.final_layer_norm is not None:
+                x = self.final_layer_norm(x)
         if self.project_out is not None:
             x = apply(self.project_out, x)
         logits = self._head(x)
@@ -312,6 +375,34 @@ class OPT(nnx.Module):
             return logits
         keys, values = zip(*written, strict=True) if written else ((), ())
         return logits, KVCache(keys, values, valid, cache.length + T)
+
+    @property
+    def _has_rows(self) -> bool:
+        """Whether a residual stream passes from attention to attention, on one device."""
+        return self.config.do_layer_norm_before and self.layout is None and len(self.layers) > 0
+
+    def _next(self, h: jax.Array, mask: jax.Array | None, cache: KVCache):
+        """The layers and the last norm for one token, h [B, 1, H], after what the cache holds.
+
+        The products between two attentions are a row: out_proj, fc1, fc2, and the next qkv_proj.
+        """
+        first = self.layers[0]
+        x = apply(first.self_attn.qkv_proj, first.self_attn_layer_norm(h))
+        written = []
+        for i, layer in enumerate(self.layers):
+            y, kv = layer.self_attn.mix(x, mask, None, cache, i)
+            written.append(kv)
+            after = self.layers[i + 1] if i + 1 < len(self.layers) else None
+            norm = self.final_layer_norm if after is None else after.self_attn_layer_norm
+            row = [
+                Product(layer.self_attn.out_proj, add=True, norm=layer.final_layer_norm),
+                Product(layer.fc1, layer.activation),
+                Product(layer.fc2, add=True, norm=norm),
+            ]
+            if after is not None:
+                row.append(Product(after.self_attn.qkv_proj))
+            h, x = apply_row(row, y, h)
+        return x, written
 
     def embed(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """What the first layer sees, [B, T, H].   input_ids: int [B, T].   positions: from 0."""

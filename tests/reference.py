@@ -1,6 +1,7 @@
 """References for the core's tests: NumPy in float64, sharing no code with the kernels."""
 
 import math
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -52,8 +53,57 @@ def assert_product(y, x, w, bias=None, activation=None):
         terms = 1.13 * terms + 4  # and erf's own rounding
     u, tiny = ROUNDOFF[y.dtype.name]
     bound = u * np.abs(ref) + terms * 2.0**-23 * scale + tiny
-    error = np.abs(y.astype(np.float64) - ref)
+    _assert_near(y, ref, bound)
+
+
+class DenseStage(NamedTuple):
+    """A stage of `jax_flashllm.chain` with its matrix [M, K] as it is."""
+
+    w: np.ndarray
+    bias: np.ndarray | None = None
+    activation: str | None = None
+    add: bool = False
+    scale: np.ndarray | None = None
+    shift: np.ndarray | None = None
+
+
+def assert_chain(results, x, h, stages, epsilon=1e-5, excess=False):
+    """Each stage from the results of the one before: errors do not add up.
+
+    results: (h, x) after the first stage, after the first two, and so on.
+    excess: the norms may have seen h before it was rounded, as XLA likes to do.
+    """
+    for (new_h, new_x), s in zip(results, stages, strict=True):
+        new_h, new_x = np.asarray(new_h), np.asarray(new_x)
+        if not s.add:
+            np.testing.assert_array_equal(bits(new_h), bits(h))
+            assert_product(new_x, x, s.w, s.bias, s.activation)
+            x = new_x
+            continue
+        y = ACTIVATIONS[s.activation](dense_product(x, s.w, s.bias))
+        scale = dense_product(np.abs(x), np.abs(s.w), None if s.bias is None else np.abs(s.bias))
+        terms = np.count_nonzero(s.w.astype(np.float64), axis=1) + (s.bias is not None)
+        terms = 1.13 * terms + 4 if s.activation == "gelu" else terms
+        u, tiny = ROUNDOFF[new_h.dtype.name]
+        ref = np.asarray(h).astype(np.float64) + y
+        # y may be rounded before it is added.
+        _assert_near(new_h, ref, u * (np.abs(ref) + np.abs(y)) + terms * 2.0**-23 * scale + tiny)
+        h, z = new_h, new_h.astype(np.float64)
+        factor = 1 / np.sqrt(z.var(-1, keepdims=True) + epsilon)
+        if s.scale is not None:
+            factor = factor * s.scale.astype(np.float64)
+        ref = (z - z.mean(-1, keepdims=True)) * factor
+        sums = np.abs(z).max(-1, keepdims=True) * np.abs(factor) + np.abs(ref)
+        if s.shift is not None:
+            ref, sums = ref + s.shift.astype(np.float64), sums + np.abs(s.shift.astype(np.float64))
+        more = 2 * u * sums if excess else 0
+        _assert_near(new_x, ref, u * np.abs(ref) + 16 * 2.0**-23 * sums + tiny + more)
+        x = new_x
+
+
+def _assert_near(y, ref, bound):
     assert y.shape == ref.shape
+    error = np.abs(y.astype(np.float64) - ref)
     worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else ()
     assert (error <= bound).all(), (
         f"at {worst}: {y[worst]} for {ref[worst]}, error {error[worst]:.3g} > {bound[worst]:.3g}"

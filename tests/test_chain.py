@@ -1,0 +1,409 @@
+"""Chains: what they compute, where they are one call, and OPT's decode step made of them."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_opt
+from flax import nnx
+from reference import FLOATS, FORMATS, HALVES, DenseStage, assert_chain, bits, sparse_matrix
+
+import jax_flashllm
+from jax_flashllm import chain as chains
+from jax_flashllm import plan
+from jax_flashllm.chain import Stage, chain
+from jax_flashllm.models import opt
+from jax_flashllm.models.cache import KVCache
+
+H100 = plan.Device(cores=132, warps=16)
+
+
+def vector(n, dtype, seed):
+    return np.random.default_rng(seed).standard_normal(n).astype(np.float32).astype(dtype)
+
+
+def row(H, F, dtype=np.float16, bias=True, affine=True, activation="relu"):
+    """out_proj, fc1, fc2 and qkv_proj of a layer, as NumPy has them."""
+    shapes = [(H, H), (F, H), (H, F), (3 * H, H)]
+    return [
+        DenseStage(
+            sparse_matrix((m, k), dtype, 0.3, seed=i),
+            vector(m, dtype, 10 + i) if bias else None,
+            activation if i == 1 else None,
+            add := i in (0, 2),
+            vector(H, dtype, 20 + i) if affine and add else None,
+            vector(H, dtype, 30 + i) if affine and add else None,
+        )
+        for i, (m, k) in enumerate(shapes)
+    ]
+
+
+def encoded(stages, formats=("bitmap",)):
+    return [
+        Stage(jax_flashllm.encode(s.w, formats[i % len(formats)]), *s[1:])
+        for i, s in enumerate(stages)
+    ]
+
+
+def tokens(lead, H, dtype=np.float16):
+    return vector((*lead, H), dtype, 1), vector((*lead, H), dtype, 2)
+
+
+run = jax.jit(chain, static_argnames="epsilon")
+
+
+@jax.jit
+def one_by_one(x, h, stages):
+    """The same, written with the product and Flax's LayerNorm."""
+    for s in stages:
+        x = jax_flashllm.spmm(s.weight, x, s.bias, s.activation)
+        if s.add:
+            h = h + x
+            norm = nnx.LayerNorm(
+                h.shape[-1], epsilon=1e-5, dtype=h.dtype, use_fast_variance=False,
+                use_scale=s.scale is not None, use_bias=s.shift is not None,
+                scale_init=lambda *_, s=s: s.scale, bias_init=lambda *_, s=s: s.shift,
+                rngs=nnx.Rngs(0),
+            )  # fmt: skip
+            x = norm(h)
+    return h, x
+
+
+# ---- what it computes ----
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_chain_is_products_and_norms_to_the_bit(dtype, bare):
+    weight = np.dtype(np.float16) if dtype == np.float32 else dtype
+    stages = row(64, 192, weight, bias=not bare, affine=not bare, activation="gelu")
+    stages = encoded(stages, FORMATS)
+    for lead, n in [((3,), 1), ((2, 1), 4)]:
+        x, h = tokens(lead, 64, dtype)
+        got, expected = run(x, h, stages[:n]), one_by_one(x, h, stages[:n])
+        for a, b in zip(got, expected, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, dtype)
+            np.testing.assert_array_equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_chain_stays_in_bound(dtype):
+    stages = row(64, 192, dtype, activation="gelu")
+    x, h = tokens((5,), 64, dtype)
+    results = [run(x, h, encoded(stages, FORMATS)[: n + 1]) for n in range(4)]
+    assert_chain(results, x, h, stages, excess=True)
+
+
+def test_the_bound_sees_what_is_wrong():
+    stages = row(64, 192)
+    x, h = tokens((5,), 64)
+    results = [tuple(map(np.asarray, run(x, h, encoded(stages)[: n + 1]))) for n in range(4)]
+    for stage in range(4):
+        for of_h in (True, False):
+            wrong = [[np.array(a) for a in r] for r in results]
+            a = wrong[stage][0 if of_h else 1]
+            a[3, 40] += np.float16(0.01) * np.abs(a[3]).max()
+            with pytest.raises(AssertionError):
+                assert_chain(wrong, x, h, stages, excess=True)
+    with pytest.raises(AssertionError):
+        assert_chain(results, x, h, stages, epsilon=0.3, excess=True)
+
+
+def test_epsilon_counts():
+    stages = encoded(row(64, 64)[:1])
+    x, h = (a * np.float16(2**-8) for a in tokens((2,), 64))
+    results = [np.asarray(run(x, h, stages, epsilon=e)[1]) for e in (1e-5, 1.0)]
+    assert np.abs(results[0] - results[1]).max() > 0.1
+
+
+# ---- JAX ----
+
+
+def test_vmap():
+    stages = encoded(row(64, 128))
+    x, h = tokens((3, 2), 64)
+    expected = run(x, h, stages)
+    for f in (
+        jax.vmap(lambda x, h: chain(x, h, stages)),
+        jax.vmap(jax.vmap(lambda x, h: chain(x, h, stages))),
+    ):
+        assert str(jax.make_jaxpr(f)(x, h)).count("flashllm_chain") == 1
+        for a, b in zip(jax.jit(f)(x, h), expected, strict=True):
+            np.testing.assert_array_equal(bits(a), bits(b))
+    mapped = jax.vmap(lambda x, h: chain(x, h, stages), in_axes=(1, None), out_axes=1)
+    expected = [run(x[:, i], h[:, 0], stages) for i in range(2)]
+    for a, *b in zip(jax.jit(mapped)(x, h[:, 0]), *expected, strict=True):
+        np.testing.assert_array_equal(bits(a), bits(np.stack(b, 1)))
+
+
+def test_vmap_over_stages():
+    layers = [
+        encoded([s._replace(w=np.roll(s.w, i, 0)) for s in row(64, 128)[:2]]) for i in range(2)
+    ]
+    x, h = tokens((3,), 64)
+    w = [jax_flashllm.stack([stages[i].weight for stages in layers]) for i in range(2)]
+    layers = [[dataclasses.replace(s, weight=0) for s in stages] for stages in layers]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    stacked = [dataclasses.replace(s, weight=w[i]) for i, s in enumerate(stacked)]
+    layers = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(2)]
+    both = jax.jit(jax.vmap(chain, in_axes=(None, None, 0)))(x, h, stacked)
+    for i, stages in enumerate(layers):
+        for a, b in zip(both, run(x, h, stages), strict=True):
+            np.testing.assert_array_equal(bits(a[i]), bits(b))
+    biases = jnp.stack([layers[0][0].bias, layers[1][0].bias + 1])
+
+    def with_bias(bias):
+        return chain(x, h, [Stage(layers[0][0].weight, bias, add=True)])
+
+    for a, *b in zip(jax.jit(jax.vmap(with_bias))(biases), *map(with_bias, biases), strict=True):
+        np.testing.assert_array_equal(a, np.stack(b))
+
+
+def test_derivatives_are_those_of_the_composition():
+    stages = encoded(row(64, 128, activation="gelu"))
+    x, h = (a.astype(np.float32) for a in tokens((2,), 64))
+
+    def loss(f, x, h, values, bias, scale):
+        head = Stage(stages[0].weight.with_values(values), bias, None, True, scale)
+        h, y = f(x, h, [head, *stages[1:]])
+        return jnp.sum(jnp.sin(h)) + jnp.sum(jnp.sin(y))
+
+    args = x, h, stages[0].weight.values, stages[0].bias, stages[0].scale
+    grad = [
+        jax.jit(jax.grad(lambda *a, f=f: loss(f, *a), argnums=range(5)))(*args)
+        for f in (chain, one_by_one)
+    ]
+    for a, b in zip(*grad, strict=True):
+        assert np.abs(np.asarray(b, np.float32)).max() > 0.1
+        np.testing.assert_array_equal(a, b)
+    dx = jnp.ones_like(x)
+    forward = [
+        jax.jvp(lambda x, f=f: loss(f, x, *args[1:]), (x,), (dx,)) for f in (chain, one_by_one)
+    ]
+    np.testing.assert_allclose(*forward, rtol=1e-5)
+    each = jax.vmap(jax.grad(lambda x, h: loss(chain, x, h, *args[2:])))(x, h)
+    np.testing.assert_allclose(each, grad[0][0], rtol=2e-4, atol=2e-4)
+
+
+def test_it_runs_without_jit_and_with_no_tokens():
+    stages = encoded(row(64, 128))
+    x, h = tokens((3,), 64)
+    for a, b in zip(chain(x, h, stages), run(x, h, stages), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+    for a, m in zip(chain(x[:0], h[:0], stages), (64, 192), strict=True):
+        assert a.shape == (0, m)
+
+
+def test_errors_name_stage_and_numbers():
+    stages = row(64, 128)
+    x, h = tokens((3,), 64)
+
+    def fails(kind, match, x=x, h=h, **changes):
+        changed = [s._replace(**changes) if i == 2 else s for i, s in enumerate(stages)]
+        with pytest.raises(kind, match=match):
+            chain(x, h, encoded(changed))
+
+    fails(ValueError, r"stage 0: x has 63 features but W is \[64, 64\]", x=x[:, 1:])
+    fails(ValueError, r"stage 2: x has 128 features but W is \[64, 64\]", w=stages[0].w)
+    fails(ValueError, r"stage 2: its 65 results .* h, which has 64", w=np.ones((65, 128), "f2"),
+          bias=None)  # fmt: skip
+    fails(ValueError, r"stage 2: bias is \[3\] but W is \[64, 128\]", bias=np.ones(3, "f2"))
+    fails(ValueError, r"stage 2: scale is float16\[3\]; pass \[64\]", scale=np.ones(3, "f2"))
+    fails(ValueError, r"stage 2: shift is int64\[64\]", shift=np.ones(64, int))
+    fails(ValueError, r"stage 2: it has a scale but no LayerNorm; pass add=True", add=False)
+    fails(ValueError, r"stage 2: activation must be .*'tanh'", activation="tanh")
+    fails(ValueError, r"x is float16\[3, 64\] and h float16\[2, 64\]", h=h[:2])
+    fails(ValueError, r"x is float16.* and h float32", h=h.astype(np.float32))
+    fails(TypeError, "h must be an array, got int", h=3)
+    with pytest.raises(ValueError, match="no stages"):
+        chain(x, h, [])
+    with pytest.raises(TypeError, match=r"stage 0: w must be an encoded weight, got ndarray"):
+        chain(x, h, [Stage(stages[0].w)])
+
+
+# ---- where it is one call ----
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """As if built with CUDA: chains lower to the call, and raise where they would not be one."""
+    targets = {"flashllm_chain_v1": {}}
+    monkeypatch.setattr(chains, "_flashllm", types.SimpleNamespace(cuda_targets=lambda: targets))
+
+    def composed(*args, **params):
+        raise NotImplementedError("one by one")
+
+    monkeypatch.setattr(chains, "_composed", composed)
+
+
+def lowered(x, h, stages, **options):
+    def f(x, h, stages):  # a new one: what was traced before is not looked up
+        return chain(x, h, stages, **options)
+
+    return jax.jit(f).trace(x, h, stages).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_lowering_holds_target_and_attributes(cuda):
+    x, h = tokens((3, 2), 64)
+    stages = encoded(row(64, 192, activation="gelu", affine=False), FORMATS)
+    stages[1] = Stage(stages[1].weight, None, "gelu")
+    (call,) = [line for line in lowered(x, h, stages, epsilon=0.5).splitlines() if "@flash" in line]
+    assert "@flashllm_chain_v1" in call
+    weights = [(s.weight.format, s.weight.shape) for s in stages]
+    assert [format for format, _ in weights] == FORMATS * 2
+    plans, workspace = plan.chain(weights, 6, plan.device())
+    for name, values in {
+        "m": [64, 192, 64, 192],
+        "k": [64, 64, 192, 64],
+        "format": [0, 1, 0, 1],
+        "activation": [0, 2, 0, 0],
+        "add": [1, 0, 1, 0],
+        "ctas": [p.ctas for p in plans],
+        "warps": [p.warps for p in plans],
+    }.items():
+        assert f"{name} = dense<{[*values]}> : tensor<4xi64>" in call, name
+    assert "epsilon = 5.000000e-01 : f32" in call
+    assert "group = 8 : i64" in call
+    operands, results = call.rsplit(" : (", 1)[1].split(") -> ")
+    operands = operands.split(", ")
+    assert len(operands) == 2 + 4 * 6
+    assert operands[:2] == ["tensor<6x64xf16>"] * 2
+    absent, bias = "tensor<1x1xf32>", "tensor<64xf16>"
+    assert operands[5:8] == [bias, absent, absent]
+    assert operands[11:14] == [absent] * 3
+    assert results == f"(tensor<6x64xf16>, tensor<6x192xf16>, tensor<{workspace}xui8>)"
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 64])
+def test_up_to_64_tokens_are_one_call(cuda, n):
+    stages = encoded(row(64, 64))
+    assert "@flashllm_chain_v1" in lowered(*tokens((n,), 64), stages)
+    vmapped = jax.jit(jax.vmap(lambda x, h: chain(x, h, stages))).trace(*tokens((n, 1), 64))
+    assert "@flashllm_chain_v1" in vmapped.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_what_is_not_one_call(cuda):
+    def split(x, h, stages, **changes):
+        stages = [*stages]
+        stages[0] = Stage(**{f: getattr(stages[0], f) for f in ("bias", "add")} | changes)
+        with pytest.raises(NotImplementedError, match="one by one"):
+            lowered(x, h, stages)
+
+    stages, w = encoded(row(64, 64)), row(64, 64)[0].w
+    same = {"weight": stages[0].weight}
+    x, h = tokens((2,), 64)
+    assert "@flashllm_chain_v1" in lowered(x, h, stages)
+    split(*tokens((65,), 64), stages, **same)
+    split(*tokens((0,), 64), stages, **same)
+    split(x.astype(np.float32), h.astype(np.float32), stages, **same)
+    split(x, h, stages, weight=jax_flashllm.encode(w.astype(jnp.bfloat16)))
+    split(x, h, stages, weight=jax_flashllm.encode(w, shards=2))
+    split(x[:, :40], h, stages, weight=jax_flashllm.encode(w[:, :40].copy()))
+    wide = encoded([DenseStage(np.zeros((16448, 64), np.float16), add=True)])
+    split(x, np.zeros((2, 16448), np.float16), wide, weight=wide[0].weight)
+    with pytest.raises(NotImplementedError, match="one by one"):
+        jax.jit(jax.grad(lambda x: chain(x, h, stages)[1].sum()))(x)
+    chains._flashllm.cuda_targets().clear()
+    split(x, h, stages, **same)
+
+
+@pytest.mark.parametrize("n", [1, 9, 64])
+def test_plans_are_sound(n):
+    H, F = 7168, 28672
+    weights = [
+        ("bitmap", (H, H)),
+        ("tiled_csl", (F, H)),
+        ("bitmap", (H, F)),
+        ("tiled_csl", (3 * H, H)),
+    ]
+    plans, workspace = plan.chain(weights, n, H100)
+    expected = 2 * -(-n * F * 2 // 256) * 256
+    for (format, (m, k)), p in zip(weights, plans, strict=True):
+        assert p == plan.choose(format, m, 1, k, n, 1, H100)
+        assert p.group == {1: 8, 9: 16, 64: 64}[n]
+        expected += -(-p.workspace // 256) * 256
+    assert workspace == expected
+
+
+# ---- OPT ----
+
+
+def steps(model, dtype, count=3):
+    """Logits and caches of `count` tokens, one at a time, after 9 slots of anything."""
+    ids, mask = tiny_opt.prompts()
+    cache = KVCache.create(model.config, 3, 9 + count, dtype)
+    held = [vector(k.shape, dtype, i) for i, k in enumerate((*cache.keys, *cache.values))]
+    n = len(cache.keys)
+    valid = np.pad(mask == 1, ((0, 0), (0, count)))
+    cache = KVCache((*held[:n],), (*held[n:],), valid, np.int32(9))
+    step = jax.jit(lambda *args: model(*args))
+    seen = []
+    for i in range(count):
+        y, cache = step(ids[:, i : i + 1], None, cache)
+        seen += [y, *cache.keys, *cache.values]
+    return seen
+
+
+def chains_in(model):
+    cache = KVCache.create(model.config, 3, 12, model.dtype)
+    jaxpr = jax.make_jaxpr(lambda *args: model(*args))(np.ones((3, 1), np.int32), None, cache)
+    return str(jaxpr).count("= flashllm_chain")
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("plain", jnp.float32), ("plain", jnp.float16), ("gelu", jnp.bfloat16),
+     ("bare", jnp.float16), ("no_final_norm", jnp.float16), ("projections", jnp.bfloat16),
+     ("post_norm", jnp.float16)],
+)  # fmt: skip
+def test_a_decode_step_is_the_same_with_and_without(tmp_path, monkeypatch, variant, dtype):
+    config = tiny_opt.config(variant)
+    weights = tiny_opt.weights(config, np.float16, 0.7)
+    model = opt.load(tiny_opt.save(tmp_path, config, weights), dtype=dtype)
+    with_chains = steps(model, dtype)
+    # The last row ends in the model's own norm, where it has one.
+    last = variant != "no_final_norm"
+    assert chains_in(model) == (1 + last if config.get("do_layer_norm_before", True) else 0)
+    monkeypatch.setattr(opt.OPT, "_has_rows", False)
+    assert chains_in(model) == 0
+    for a, b in zip(with_chains, steps(model, dtype), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
+def test_rows_with_a_dense_layer_are_no_chains(tmp_path, monkeypatch):
+    config = tiny_opt.config("plain", num_hidden_layers=3)
+    weights = tiny_opt.weights(config, np.float16, 0.7)
+    weights["model.decoder.layers.1.fc1.weight"][:] = 0.1
+    model = opt.load(tiny_opt.save(tmp_path, config, weights), dtype=jnp.float16)
+    assert chains_in(model) == 2
+    seen = steps(model, jnp.float16)
+    monkeypatch.setattr(opt.OPT, "_has_rows", False)
+    for a, b in zip(seen, steps(model, jnp.float16), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
+def test_layers_that_compute_in_other_dtypes_are_no_chains(tmp_path):
+    config = tiny_opt.config("plain")
+    weights = tiny_opt.weights(config, np.float16, 0.7)
+    model = opt.load(tiny_opt.save(tmp_path, config, weights), dtype=jnp.float16)
+    model.layers[0].fc2.dtype = None
+    model.layers[1].final_layer_norm.dtype = jnp.float32
+    assert chains_in(model) == 0
+
+
+def test_a_decode_step_on_a_gpu_is_a_call_a_layer(cuda, monkeypatch, tmp_path):
+    config = tiny_opt.config("plain", hidden_size=64, word_embed_proj_dim=64, ffn_dim=128)
+    weights = tiny_opt.weights(config, np.float16, 0.7)
+    model = opt.load(tiny_opt.save(tmp_path, config, weights), dtype=jnp.float16)
+    # What else the program does is not asked here.
+    zeros = lambda w, x, *_: jnp.zeros((*x.shape[:-1], w.shape[0]), x.dtype)  # noqa: E731
+    monkeypatch.setattr("jax_flashllm.nn.dense.spmm", zeros)
+    cache = KVCache.create(model.config, 2, 12, jnp.float16)
+    traced = jax.jit(lambda *args: model(*args)).trace(np.ones((2, 1), np.int32), None, cache)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@flashllm_chain_v1") == 2
+    assert "m = dense<[64, 128, 64, 192]>" in text
+    assert "m = dense<[64, 128, 64]>" in text
