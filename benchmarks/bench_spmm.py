@@ -36,6 +36,7 @@ from types import ModuleType
 import bench_cpu
 import jax
 import numpy as np
+import report
 
 from jax_flashllm.kernel import cpu_kernels
 
@@ -96,6 +97,8 @@ def summarise(rows: list[dict]) -> None:
     key = lambda r: (r["M"], r["K"], r["sparsity"], r["N"])  # noqa: E731
     for (m, k, sparsity, n), group in itertools.groupby(sorted(rows, key=key), key):
         t = {r["kernel"]: r["median_ms"] for r in group}
+        if not any(name.startswith("ours") for name in t):
+            continue  # they were wrong
         ours = min((name for name in t if name.startswith("ours")), key=t.__getitem__)
         dense = min((name for name in t if name.startswith(DENSE)), key=t.__getitem__)
         rest = [f"{n} {v:.3f}" for n, v in t.items() if not n.startswith((*DENSE, "ours"))]
@@ -184,14 +187,17 @@ def main() -> None:
     if args.device == "gpu":
         import bench_gpu
 
-        rows = bench_gpu.run(args, plugins)
+        rows, wrong = bench_gpu.run(args, plugins)
     else:
-        rows = bench_cpu.run(args, plugins)
+        rows, wrong = bench_cpu.run(args, plugins), []
     summarise(rows)
-    if args.csv:
+    report.means(rows)
+    if args.csv and rows:
         write_csv(rows, args.csv, environment(args.commit))
-    if args.plot:
+    if args.plot and rows:
         plot(rows, args.plot)
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,20 @@ __attribute__((visibility("default"))) int flashllm_fill(void* stream, int forma
   return FillTiledCsl(s, p, Whole(dense, m, k), static_cast<uint32_t*>(index), v);
 }
 
+__attribute__((visibility("default"))) int flashllm_decode(void* stream, int format,
+                                                           const void* index, const void* offsets,
+                                                           const void* values, int64_t m, int64_t k,
+                                                           int64_t capacity, int64_t index_capacity,
+                                                           void* dense) {
+  Problem p = {};
+  p.format = static_cast<Format>(format);
+  p.index = static_cast<const uint32_t*>(index);
+  p.offsets = static_cast<const uint32_t*>(offsets);
+  p.values = static_cast<const uint16_t*>(values);
+  p.shards = 1, p.rows = m, p.k = k, p.capacity = capacity, p.index_capacity = index_capacity;
+  return Decode(static_cast<cudaStream_t>(stream), p, Whole(dense, m, k));
+}
+
 // types: 0 fp16, 1 bf16, 2 fp32; format: 0 bitmap, 1 Tiled-CSL.
 __attribute__((visibility("default"))) int flashllm_spmm(
     void* stream, int format, const void* index, const void* offsets, const void* values,

@@ -11,6 +11,7 @@ be varied, one product profiled; bench_spmm.py compares all shapes with everythi
 import argparse
 import csv
 import ctypes
+import functools
 import itertools
 import math
 import os
@@ -32,17 +33,27 @@ FORMATS = ("bitmap", "tiled_csl")
 # ---- timing ----
 
 
+@functools.cache
+def timing_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # one for all: cuBLAS keeps a workspace for each
+
+
 def graph_time(calls) -> tuple[float, float]:
     """Median and spread (interquartile) of one call's microseconds, calls run in turn."""
-    stream = torch.cuda.Stream()
+    stream = timing_stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for call in calls[:3]:
             call()
         stream.synchronize()
+        # Not torch.cuda.graph: it hands torch's spare memory back each time, which is slow.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        graph.capture_begin()
+        try:
             for call in calls:
                 call()
+        finally:
+            graph.capture_end()
         graph.replay()
         times: list[float] = []
         while len(times) < 4 or (len(times) < REPLAYS and sum(times) * len(calls) < 1e3 * MOST_MS):
@@ -111,6 +122,14 @@ class Library:
         buffers = (t.data_ptr() for t in (index, offsets, values))
         self.check(self.lib.flashllm_fill(*where, *what, *sizes, *buffers))
         return index, offsets, values
+
+    def decode(self, w, dense):
+        p, i, q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        self.lib.flashllm_decode.argtypes = [p, i, p, p, p, q, q, q, q, p]
+        where = torch.cuda.current_stream().cuda_stream, FORMATS.index(w.format)
+        buffers = (t.data_ptr() for t in (w.index, w.offsets, w.values))
+        sizes = *w.shape, w.values.numel(), w.index.numel()
+        self.check(self.lib.flashllm_decode(*where, *buffers, *sizes, dense.data_ptr()))
 
     def spmm(self, w, x, y, plan, workspace, bias=None, activation=0):
         self.check(
@@ -194,6 +213,17 @@ def product(lib, x, y, plan):
     """A call that multiplies x with a weight into y."""
     workspace = torch.full((max(plan.workspace, 16),), 255, device="cuda", dtype=torch.uint8)
     return lambda w: lib.spmm(w, x, y, plan, workspace)
+
+
+def decoded(lib, x, y):
+    """The same as plan.py has it for many tokens: W is decoded, and cuBLAS multiplies."""
+    dense = torch.empty(y.shape[1], x.shape[1], device="cuda", dtype=x.dtype)
+
+    def run(w):
+        lib.decode(w, dense)
+        torch.mm(x, dense.T, out=y)
+
+    return run
 
 
 def check(lib, w, dense, n, token_dtype, plan=None) -> float:

@@ -1,0 +1,100 @@
+"""What bench_spmm.py measured on a GPU, as the tables of docs/kernels.md.
+
+    python benchmarks/report.py benchmarks/results/h100_spmm_2026-11-21.csv [more.csv]
+
+First geometric means over the shapes of OPT-30B, 66B and 175B, then every shape. Ours is what
+`format="auto"` takes: the bitmap.
+"""
+
+import argparse
+import csv
+import statistics
+from collections.abc import Iterable
+
+import shapes
+
+MEAN = ("OPT-30B", "OPT-66B", "OPT-175B")
+OURS = "ours bitmap"
+LEAST = 4096 * 4096  # weights; from here on no product should be slower than cuBLAS's
+
+
+def read(paths: Iterable[str]) -> list[dict]:
+    """Rows of CSV files, numbers as numbers; the last of a case counts."""
+    rows: dict[tuple, dict] = {}
+    for path in paths:
+        with open(path) as f:
+            for r in csv.DictReader(line for line in f if not line.startswith("#")):
+                for name in ("M", "K", "N"):
+                    r[name] = int(r[name])
+                for name in ("sparsity", "median_ms", "roof_ms", "vs_cublas"):
+                    r[name] = float(r[name])
+                rows[r["M"], r["K"], r["N"], r["sparsity"], r["kernel"], r["dtype"]] = r
+    return list(rows.values())
+
+
+def means(rows: list[dict]) -> None:
+    """cuBLAS / ours, a line a sparsity and a column an N; then the share of R; then who loses."""
+    wanted = {s for model in MEAN for s in shapes.MODELS[model].values()}
+    for kernel in dict.fromkeys(r["kernel"] for r in rows if r["kernel"].startswith("ours ")):
+        ours = [r for r in rows if r["kernel"] == kernel and "vs_cublas" in r]
+        counted = [r for r in ours if (r["M"], r["K"]) in wanted]
+        tokens = sorted({r["N"] for r in counted})
+        if not counted:
+            continue
+        have = len({(r["M"], r["K"]) for r in counted})
+        print(f"\n{kernel}, geometric means over {have} of the {len(wanted)} shapes of "
+              f"{', '.join(MEAN)}: cuBLAS / ours; fraction of R")  # fmt: skip
+        print("| | " + " | ".join(f"N = {n}" for n in tokens) + " |")
+        print("|---" * (len(tokens) + 1) + "|")
+        for sparsity in sorted({r["sparsity"] for r in counted}):
+            cells = []
+            for n in tokens:
+                case = [r for r in counted if (r["N"], r["sparsity"]) == (n, sparsity)]
+                faster = statistics.geometric_mean(r["vs_cublas"] for r in case)
+                of_roof = statistics.geometric_mean(r["roof_ms"] / r["median_ms"] for r in case)
+                cells.append(f"{faster:.2f}; {of_roof:.2f}")
+            print(f"| {sparsity:.0%} | " + " | ".join(cells) + " |")
+        large = [r for r in ours if r["M"] * r["K"] >= LEAST and r["N"] <= 64]
+        slower = sorted((r for r in large if r["vs_cublas"] < 1), key=lambda r: r["vs_cublas"])
+        print(f"slower than cuBLAS: {len(slower)} of {len(large)} cases from 4096x4096 up, N <= 64")
+        for n in sorted({r["N"] for r in slower}):
+            here = [r for r in slower if r["N"] == n]
+            worst = ", ".join(f"{r['M']}x{r['K']} {r['sparsity']:.0%} {r['vs_cublas']:.2f}"
+                              for r in here[:4])  # fmt: skip
+            print(f"  N = {n}: {len(here)}; {worst}")
+
+
+def every_shape(rows: list[dict]) -> None:
+    """A line a shape: cuBLAS / ours at some sparsities and all N up to 64."""
+    ours = [r for r in rows if r["kernel"] == OURS and r["N"] <= 64]
+    tokens = sorted({r["N"] for r in ours})
+    kept = sorted({r["sparsity"] for r in ours})
+    print(f"\n| cuBLAS / ours, N = {', '.join(map(str, tokens))} | "
+          + " | ".join(f"{s:.0%}" for s in kept) + " |")  # fmt: skip
+    print("|---" * (len(kept) + 1) + "|")
+    found = {(r["M"], r["K"], r["sparsity"], r["N"]): r["vs_cublas"] for r in ours}
+    for m, k in sorted(dict.fromkeys((r["M"], r["K"]) for r in ours), key=lambda s: s[0] * s[1]):
+        cells = [
+            " ".join(
+                "-" if v is None else f"**{v:.2f}**" if v < 1 else f"{v:.2f}"
+                for v in (found.get((m, k, s, n)) for n in tokens)
+            )
+            for s in kept
+        ]
+        print(f"| {m}x{k} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("csv", nargs="+")
+    parser.add_argument("--dtype", default="float16")
+    args = parser.parse_args()
+    rows = [r for r in read(args.csv) if r["dtype"] == args.dtype]
+    means(rows)
+    every_shape(rows)
+
+
+if __name__ == "__main__":
+    main()
