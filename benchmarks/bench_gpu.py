@@ -24,7 +24,7 @@ from jax_flashllm import tuning
 
 TOKENS = [1, 8, 16, 32, 64, 128, 256, 1024]
 SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9]
-MOST_COPIES = 64  # products of an XLA program, which takes long to compile
+XLA_PRODUCTS, XLA_BYTES = 48, 16 << 30  # of a program: its weights may take so much
 
 
 def run(args, plugins: dict[str, ModuleType]) -> tuple[list[dict], list[str]]:
@@ -128,17 +128,17 @@ def plugged(case: Case, name: str, plugin: ModuleType):
 
 
 def inside_xla(case: Case, formats: list[str]):
-    """XLA's dot and our primitive in a program of 48 products and more."""
+    """XLA's dot and our primitive in a program of up to 48 products, a weight each."""
     dense = jax.dlpack.from_dlpack(case.dense)
     weights = {"XLA dot": dense}
     weights |= {f"ours {f}, XLA": jax_flashllm.encode(dense, f) for f in formats}
     for name, w in weights.items():
         f = jax_flashllm.spmm if name.startswith("ours") else lambda w, x: x @ w.T
-        count = min(MOST_COPIES, gpu_timing.copies_for(w.nbytes))
+        count = max(2, min(XLA_PRODUCTS, XLA_BYTES // w.nbytes))
         copies = [w, *(jax.tree.map(jnp.copy, w) for _ in range(count - 1))]
         for n in case.tokens:
             x = jax.dlpack.from_dlpack(case.x[:n].contiguous())
             y = torch.from_dlpack(jax.block_until_ready(jax.jit(f)(w, x)))
-            times = tuning.time_products(f, copies, x)
+            times = tuning.time_products(f, copies, x, rounds=1)
             yield name, n, float(np.median(times)), float(np.ptp(times)), w.nbytes, case.error(y)
         del copies

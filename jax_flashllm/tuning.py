@@ -96,25 +96,23 @@ def _microseconds(weights: list[SparseWeight], tokens: int, cut: plan.Cut) -> fl
     x = jax.random.normal(jax.random.key(0), (tokens, weights[0].shape[1]))
     x = jax.device_put(x.astype(weights[0].dtype), _device_of(weights[0]))
     with plan.forced(cut):
-        return statistics.median(time_products(spmm, weights, x))
+        rounds = -(-_PRODUCTS // len(weights))
+        return statistics.median(time_products(spmm, weights, x, rounds))
 
 
-def time_products(f: Callable, weights: Sequence, x: jax.Array) -> list[float]:
-    """Microseconds of one f(w, x), several times over: many of them make a program.
+def time_products(f: Callable, weights: Sequence, x: jax.Array, rounds: int) -> list[float]:
+    """Microseconds of one f(w, x), several times over: a program goes round all weights.
 
-    The weights are taken in turn, so that they come from memory where they exceed the caches.
+    Where they exceed the caches, they come from memory. Products that share a weight may become
+    one, where f is XLA's: one round only then.
     """
     # Other tokens each: XLA computes nothing twice.
-    rounds = -(-_PRODUCTS // len(weights))
     xs = [x + i for i in range(rounds * len(weights))]
 
     def products(ws, xs):
         return [f(w, x) for w, x in zip(ws * rounds, xs, strict=True)]
 
-    # Else dense products with the same weight become one.
-    apart: Any = {"xla_gpu_dot_merger_threshold_mb": "0"}
-    lowered = jax.jit(products).lower(list(weights), xs)
-    run = lowered.compile(compiler_options=apart)
+    run = jax.jit(products).lower(list(weights), xs).compile()
     jax.block_until_ready([run(list(weights), xs) for _ in range(2)])
     times = []
     for _ in range(5):

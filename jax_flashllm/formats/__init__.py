@@ -12,16 +12,19 @@ from jax_flashllm import _flashllm
 from jax_flashllm.formats import on_gpu
 from jax_flashllm.formats.bitmap import Bitmap
 from jax_flashllm.formats.tiled_csl import TiledCSL
-from jax_flashllm.formats.weight import SparseWeight, check_dense, check_process, room, words
+from jax_flashllm.formats.weight import (
+    SparseWeight,
+    check_dense,
+    check_process,
+    room,
+    smaller_format,
+    words,
+)
 
 __all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
 
 Format = Literal["auto", "bitmap", "tiled_csl"]
 Shards = int | tuple[int, int]  # row blocks, or (row blocks, column blocks)
-
-# A bitmap costs 16 d + 1 bits a weight; Tiled-CSL 20 d and padding, or 32 d where that is less,
-# as it is from d = 1/16 down: equal there.
-_CROSSOVER_DENSITY = 1 / 16
 
 
 def encode(
@@ -53,9 +56,6 @@ def encode(
         if on_gpu.lies_on_gpu(dense):
             grid = check_dense(dense, shards)
             step = _sample_step(dense)
-            if format == "auto":
-                nonzeros = np.asarray(on_gpu.count_nonzeros(dense))
-                format = smaller_format(nonzeros.sum(dtype=np.int64) / dense.size)
             w, negative_zeros = on_gpu.encode(dense, format, grid, step)
         else:
             # jnp.asarray would compile a program for every new shape; device_put compiles none.
@@ -145,10 +145,6 @@ def join(blocks: list[SparseWeight], shape: tuple[int, int], grid: tuple[int, in
         f: np.concatenate([getattr(w, f) for w in same]) for f in kind._buffers()
     }
     return kind(shape=shape, grid=grid, **buffers)
-
-
-def smaller_format(density: float) -> Literal["bitmap", "tiled_csl"]:
-    return "bitmap" if density >= _CROSSOVER_DENSITY else "tiled_csl"
 
 
 def pad(w: SparseWeight, values: int, index: int) -> SparseWeight:

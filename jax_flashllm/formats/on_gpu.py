@@ -1,7 +1,8 @@
 """Encoding where the dense matrix lies: two programs, since its nonzeros decide the result's size.
 
     count   dense                  -> a bitmap's masks and offsets, or Tiled-CSL's offsets
-            the host reads where the offsets end
+            the host reads where the offsets end, and what else is counted, as one array: reading
+            is a wait, which small matrices take longer for than for all else
     fill    dense, offsets, masks  -> values, and Tiled-CSL's index
 
 Neither needs memory besides its results. csrc/cuda/encode.cu has the kernels; their targets are
@@ -9,7 +10,7 @@ registered by kernel.py, with all others.
 """
 
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.core
@@ -21,7 +22,7 @@ from jax_flashllm import _flashllm
 from jax_flashllm.formats import bitmap, tiled_csl
 from jax_flashllm.formats.bitmap import Bitmap
 from jax_flashllm.formats.tiled_csl import CHUNK, TiledCSL
-from jax_flashllm.formats.weight import VECTOR
+from jax_flashllm.formats.weight import VECTOR, smaller_format
 
 _MOST_NONZEROS = 1 << 35  # of a shard: offsets count vectors in 32 bits
 
@@ -42,41 +43,48 @@ def lies_on_gpu(dense: Any) -> TypeGuard[jax.Array]:
 
 
 def encode(
-    dense: jax.Array, format: str, grid: tuple[int, int], step: int
+    dense: jax.Array,
+    format: Literal["auto", "bitmap", "tiled_csl"],
+    grid: tuple[int, int],
+    step: int,
 ) -> tuple[Bitmap | TiledCSL, int]:
     """The buffers that the host's encoders make, on the device of `dense`.
 
     And how many -0.0 every `step`th row has in all.
     """
-    (M, K), (_, rows, cols) = dense.shape, _shard(dense, grid)
+    (M, K), (S, rows, cols) = dense.shape, _shard(dense, grid)
     if rows * cols > _MOST_NONZEROS:
         raise ValueError(
             f"encode: a shard of [{M}, {K}] in {grid} blocks may hold more than 2^35 nonzeros; "
             "raise `shards`"
         )
-    known, *read = count(dense, format=format, grid=grid, step=step)
-    ends, negative_zeros = jax.device_get(read)
+    auto = format == "auto"
+    if format == "auto":
+        format = "bitmap"
+    known, told = count(dense, format=format, grid=grid, step=step, nonzeros=auto)
+    read = np.asarray(told)
+    if auto and smaller_format(read[S:-1].sum(dtype=np.int64) / dense.size) == "tiled_csl":
+        format = "tiled_csl"
+        known, told = count(dense, format=format, grid=grid, step=step)
+        read = np.asarray(told)
     # Never empty, as on the host.
     units = [[VECTOR], [0]] if format == "bitmap" else [[CHUNK, VECTOR], [CHUNK // 8, VECTOR // 2]]
-    needed = (ends.astype(np.int64).reshape(-1, len(units[0])) @ np.transpose(units)).max(0)
+    width = len(units[0])
+    ends = read[: S * width].astype(np.int64).reshape(S, width)
+    needed = (ends @ np.transpose(units)).max(0)
     capacity, index_capacity = max(VECTOR, int(needed[0])), max(VECTOR // 2, int(needed[1]))
     sizes = {"capacity": capacity, "index_capacity": index_capacity}
     *index, values = fill(known, dense, format=format, grid=grid, **sizes)
     *masks, offsets = known
     cls = Bitmap if format == "bitmap" else TiledCSL
-    return cls(offsets, values, (M, K), *masks, *index, grid=grid), int(negative_zeros)
+    return cls(offsets, values, (M, K), *masks, *index, grid=grid), int(read[-1])
 
 
-@jax.jit
-def count_nonzeros(dense: jax.Array) -> jax.Array:
-    """Per row of [M, K], by bits: a total might not fit 32 of them."""
-    return jnp.count_nonzero(lax.bitcast_convert_type(dense, jnp.uint16), axis=1)
-
-
-@partial(jax.jit, static_argnames=("format", "grid", "step"))
-def count(dense, *, format, grid, step):
-    """What is known before the values are: (masks, offsets) or (offsets,); the offsets' ends; and
-    how many -0.0 every `step`th row has in all."""
+@partial(jax.jit, static_argnames=("format", "grid", "step", "nonzeros"))
+def count(dense, *, format, grid, step, nonzeros=False):
+    """What is known before the values are, (masks, offsets) or (offsets,); and what the host reads:
+    where each shard's offsets end; with `nonzeros` those of each band of a bitmap; and how many
+    -0.0 every `step`th row has in all."""
     S, rows, cols = _shard(dense, grid)
     if format == "bitmap":
         bands, tiles, blocks = bitmap.grid_of(rows, cols)
@@ -85,8 +93,12 @@ def count(dense, *, format, grid, step):
         bands, blocks = tiled_csl.grid_of(rows, cols)
         out = [_words(S, bands * blocks + 1, 2)]
     known = _call(f"count_{format}", out, dense, grid=grid)
+    told = [known[-1][:, -1].reshape(-1)]
+    if nonzeros:
+        told.append(lax.population_count(known[0]).sum((2, 3), dtype=jnp.uint32).reshape(-1))
     some = lax.bitcast_convert_type(dense[::step], jnp.uint16)
-    return known, known[-1][:, -1], jnp.count_nonzero(some == 0x8000)
+    told.append((some == 0x8000).sum(dtype=jnp.uint32)[None])
+    return known, jnp.concatenate(told)
 
 
 @partial(jax.jit, static_argnames=("format", "grid", "capacity", "index_capacity"))

@@ -24,6 +24,9 @@ W = TypeVar("W", bound="SparseWeight")
 
 HALF_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 VECTOR = 8  # values a unit of `offsets`
+# A bitmap costs 16 d + 1 bits a weight; Tiled-CSL 20 d and padding, or 32 d where that is less,
+# as it is from d = 1/16 down: equal there.
+_CROSSOVER_DENSITY = 1 / 16
 
 
 def register(cls: type[W]) -> type[W]:
@@ -364,3 +367,7 @@ def check_dense(dense, shards: int | tuple[int, int]) -> tuple[int, int]:
             f"blocks and column blocks, the latter up to K = {shape[1]}"
         )
     return int(blocks[0]), int(blocks[1])
+
+
+def smaller_format(density: float) -> Literal["bitmap", "tiled_csl"]:
+    return "bitmap" if density >= _CROSSOVER_DENSITY else "tiled_csl"
