@@ -40,6 +40,15 @@ int64_t ShardRows(const View& w) {
   return bitmap::CeilDiv(w.rows, w.shards);
 }
 
+// Elements to allocate for `needed`, multiples of `unit` both: up to 1/256 more, so that weights of
+// one shape that are about as sparse have buffers of one size, and programs for one run them all.
+// Never none: XLA dislikes operands of size 0.
+int64_t Room(int64_t needed, int64_t unit) {
+  int64_t step = unit;
+  while (needed >= 512 * step) step *= 2;
+  return std::max(unit, bitmap::CeilDiv(needed, step) * step);
+}
+
 // Copies rows x cols of W from (row0, col0) into out[rows][cols], zero outside the matrix
 // or outside the shard's rows.
 void LoadPatch(const DenseView& w, int64_t row0, int64_t row_end, int64_t col0, int rows, int cols,
@@ -324,10 +333,10 @@ int64_t CountBitmap(const View& w, uint32_t* masks, uint32_t* offsets) {
       offsets[b.shard * d.offsets() + b.band * d.blocks + b.block] = CeilDiv(count, kVector);
     }
   });
-  int64_t capacity = kVector;  // never empty: XLA dislikes operands of size 0
+  int64_t needed = 0;
   for (int64_t s = 0; s < w.shards; ++s)
-    capacity = std::max(capacity, PrefixSum(offsets + s * d.offsets(), d.bands * d.blocks));
-  return capacity;
+    needed = std::max(needed, PrefixSum(offsets + s * d.offsets(), d.bands * d.blocks));
+  return Room(needed, kVector);
 }
 
 template <typename View>
@@ -543,7 +552,7 @@ TiledCslCapacity CountTiledCsl(const DenseView& w, uint32_t* offsets) {
     }
   });
   // Counts to sums, in place.
-  TiledCslCapacity capacity = {kVector, kVectorWords};  // never empty: XLA dislikes size 0
+  int64_t values = 0, index = 0;
   for (int64_t s = 0; s < w.shards; ++s) {
     uint64_t sums[2] = {};
     uint32_t* o = offsets + s * d.offsets();
@@ -555,10 +564,10 @@ TiledCslCapacity CountTiledCsl(const DenseView& w, uint32_t* offsets) {
       }
     if (std::max(sums[0], sums[1]) > UINT32_MAX)
       throw std::invalid_argument("encode: a shard holds more than 2^35 nonzeros; raise `shards`");
-    capacity.values = std::max<int64_t>(capacity.values, ValueStart(sums[0], sums[1]));
-    capacity.index = std::max<int64_t>(capacity.index, IndexStart(sums[0], sums[1]));
+    values = std::max<int64_t>(values, ValueStart(sums[0], sums[1]));
+    index = std::max<int64_t>(index, IndexStart(sums[0], sums[1]));
   }
-  return capacity;
+  return {Room(values, kVector), Room(index, kVectorWords)};
 }
 
 void FillTiledCsl(const DenseView& w, const uint32_t* offsets, TiledCslCapacity capacity,

@@ -67,17 +67,23 @@ def encode(
         format = "tiled_csl"
         known, told = count(dense, format=format, grid=grid, step=step)
         read = np.asarray(told)
-    # Never empty, as on the host.
     units = [[VECTOR], [0]] if format == "bitmap" else [[CHUNK, VECTOR], [CHUNK // 8, VECTOR // 2]]
     width = len(units[0])
     ends = read[: S * width].astype(np.int64).reshape(S, width)
-    needed = (ends @ np.transpose(units)).max(0)
-    capacity, index_capacity = max(VECTOR, int(needed[0])), max(VECTOR // 2, int(needed[1]))
-    sizes = {"capacity": capacity, "index_capacity": index_capacity}
-    *index, values = fill(known, dense, format=format, grid=grid, **sizes)
+    values, index = map(int, (ends @ np.transpose(units)).max(0))
+    sizes = {"capacity": room(values, VECTOR), "index_capacity": room(index, VECTOR // 2)}
+    *new, values = fill(known, dense, format=format, grid=grid, **sizes)
     *masks, offsets = known
     cls = Bitmap if format == "bitmap" else TiledCSL
-    return cls(offsets, values, (M, K), *masks, *index, grid=grid), int(read[-1])
+    return cls(offsets, values, (M, K), *masks, *new, grid=grid), int(read[-1])
+
+
+def room(needed: int, unit: int) -> int:
+    """Elements to allocate, as csrc/cpu/encode.cc has it: a program for each size is compiled."""
+    step = unit
+    while needed >= 512 * step:
+        step *= 2
+    return max(unit, -(-needed // step) * step)
 
 
 @partial(jax.jit, static_argnames=("format", "grid", "step", "nonzeros"))

@@ -123,7 +123,7 @@ class SparseWeight:
 
     @property
     def padding(self) -> float:
-        """Share of `nbytes` that only makes shards equally long, 0 to 1."""
+        """Share of `nbytes` that only makes shards equally long, 0 to 1; one shard has none."""
         if self.shards == 1:
             return 0.0
         used = self._used()
