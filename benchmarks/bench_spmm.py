@@ -106,49 +106,6 @@ def summarise(rows: list[dict]) -> None:
               f"{t[dense] / t[ours]:>5.2f}x  {ours}, {dense}; {', '.join(rest)}")  # fmt: skip
 
 
-def plot(rows: list[dict], path: str) -> None:
-    """Time against sparsity, a panel for each of six shapes (columns) and token count (rows).
-
-    On a GPU with the roofline: the bytes that the best of ours reads, at the bandwidth measured.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shapes = list(dict.fromkeys((r["M"], r["K"]) for r in rows))[:6]
-    tokens = sorted({r["N"] for r in rows})
-    fig, axes = plt.subplots(
-        len(tokens), len(shapes), figsize=(4 * len(shapes), 3 * len(tokens)), squeeze=False
-    )
-    for i, n in enumerate(tokens):
-        for j, (m, k) in enumerate(shapes):
-            ax = axes[i][j]
-            for name in dict.fromkeys(r["kernel"] for r in rows):
-                points = [
-                    (100 * r["sparsity"], r["median_ms"])
-                    for r in rows
-                    if (r["M"], r["K"], r["N"], r["kernel"]) == (m, k, n, name)
-                ]
-                line = "-o" if name.startswith("ours") else "--"
-                if points:
-                    ax.plot(*zip(*points, strict=True), line, ms=3, label=name)
-            roof: dict[float, float] = {}
-            for r in rows:
-                if (r["M"], r["K"], r["N"]) == (m, k, n) and r.get("roof_ms"):
-                    at = 100 * r["sparsity"]
-                    roof[at] = min(roof.get(at, math.inf), r["roof_ms"])
-            if roof:
-                ax.plot(*zip(*sorted(roof.items()), strict=True), "k:", label="roofline")
-            ax.set_title(f"{m} x {k}, N = {n}", fontsize=9)
-            ax.set_yscale("log")
-            ax.set_xlabel("sparsity, %")
-            ax.set_ylabel("ms")
-    axes[0][0].legend(fontsize=6)
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-
-
 def write_csv(rows: list[dict], path: str, about: dict[str, str]) -> None:
     """One row per case and contender, under comments that say where they were measured."""
     with open(path, "w", newline="") as f:
@@ -195,7 +152,7 @@ def main() -> None:
     if args.csv and rows:
         write_csv(rows, args.csv, environment(args.commit))
     if args.plot and rows:
-        plot(rows, args.plot)
+        report.plot(rows, args.plot)
     if wrong:
         raise SystemExit("\n".join(wrong))
 

@@ -1,6 +1,7 @@
 """What bench_spmm.py measured on a GPU, as the tables of docs/kernels.md.
 
     python benchmarks/report.py benchmarks/results/h100_spmm_2026-11-21.csv [more.csv]
+    python benchmarks/report.py FILE.csv --plot out.png --shapes 28672x7168 4096x4096
 
 First geometric means over the shapes of OPT-30B, 66B and 175B, then every shape. Ours is what
 `format="auto"` takes: the bitmap.
@@ -8,6 +9,7 @@ First geometric means over the shapes of OPT-30B, 66B and 175B, then every shape
 
 import argparse
 import csv
+import math
 import statistics
 from collections.abc import Iterable
 
@@ -84,16 +86,68 @@ def every_shape(rows: list[dict]) -> None:
         print(f"| {m}x{k} | " + " | ".join(cells) + " |")
 
 
+def plot(rows: list[dict], path: str) -> None:
+    """Time against sparsity, a panel for each of four shapes (columns) and token count (rows).
+
+    On a GPU with the roofline: the bytes that the best of ours reads, at the bandwidth measured.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((r["M"], r["K"]) for r in rows))[:4]
+    tokens = sorted({r["N"] for r in rows})
+    fig, axes = plt.subplots(
+        len(tokens), len(shapes), figsize=(4 * len(shapes), 2.6 * len(tokens)), squeeze=False
+    )
+    for i, n in enumerate(tokens):
+        for j, (m, k) in enumerate(shapes):
+            ax = axes[i][j]
+            for name in dict.fromkeys(r["kernel"] for r in rows):
+                points = [
+                    (100 * r["sparsity"], r["median_ms"])
+                    for r in rows
+                    if (r["M"], r["K"], r["N"], r["kernel"]) == (m, k, n, name)
+                ]
+                line = "-o" if name.startswith("ours") else "--"
+                if points:
+                    ax.plot(*zip(*points, strict=True), line, ms=3, label=name)
+            roof: dict[float, float] = {}
+            for r in rows:
+                if (r["M"], r["K"], r["N"]) == (m, k, n) and r.get("roof_ms"):
+                    at = 100 * r["sparsity"]
+                    roof[at] = min(roof.get(at, math.inf), r["roof_ms"])
+            if roof:
+                ax.plot(*zip(*sorted(roof.items()), strict=True), "k:", label="roofline")
+            ax.set_title(f"{m} x {k}, N = {n}", fontsize=9)
+            low, high = ax.dataLim.intervaly
+            if high > 20 * low:  # CPUs: some contenders are far behind
+                ax.set_yscale("log")
+            else:
+                ax.set_ylim(0)
+            ax.set_xlabel("sparsity, %")
+            ax.set_ylabel("ms")
+    axes[0][0].legend(fontsize=6)
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("csv", nargs="+")
     parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--plot", help="write a picture (PNG)")
+    parser.add_argument("--shapes", nargs="+", help="of the picture, MxK")
     args = parser.parse_args()
     rows = [r for r in read(args.csv) if r["dtype"] == args.dtype]
     means(rows)
     every_shape(rows)
+    if args.plot:
+        chosen = args.shapes or list(dict.fromkeys(f"{r['M']}x{r['K']}" for r in rows))
+        plot([r for s in chosen for r in rows if f"{r['M']}x{r['K']}" == s], args.plot)
 
 
 if __name__ == "__main__":
