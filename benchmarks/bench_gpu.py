@@ -105,10 +105,11 @@ def ours(lib, case: Case, format: str):
     for n in case.tokens:
         x = case.x[:n].contiguous()
         y = torch.full((n, w.shape[0]), torch.nan, device="cuda", dtype=x.dtype)
-        if n < planning.DENSE_TOKENS:
-            run = gpu_timing.product(lib, x, y, gpu_timing.plan_for(w, n, x.dtype))
-        else:
+        plan = gpu_timing.plan_for(w, n, x.dtype)
+        if n >= (planning.WIDE_DENSE_TOKENS if plan.wide else planning.DENSE_TOKENS):
             run = gpu_timing.decoded(lib, x, y)
+        else:
+            run = gpu_timing.product(lib, x, y, plan)
         run(w)
         error = case.error(y)
         us, spread = gpu_timing.graph_time([lambda w=w, run=run: run(w) for w in copies])

@@ -71,14 +71,14 @@ def encode(
     width = len(units[0])
     ends = read[: S * width].astype(np.int64).reshape(S, width)
     values, index = map(int, (ends @ np.transpose(units)).max(0))
-    sizes = {"capacity": room(values, VECTOR), "index_capacity": room(index, VECTOR // 2)}
+    sizes = {"capacity": allocated(values, VECTOR), "index_capacity": allocated(index, VECTOR // 2)}
     *new, values = fill(known, dense, format=format, grid=grid, **sizes)
     *masks, offsets = known
     cls = Bitmap if format == "bitmap" else TiledCSL
     return cls(offsets, values, (M, K), *masks, *new, grid=grid), int(read[-1])
 
 
-def room(needed: int, unit: int) -> int:
+def allocated(needed: int, unit: int) -> int:
     """Elements to allocate, as csrc/cpu/encode.cc has it: a program for each size is compiled."""
     step = unit
     while needed >= 512 * step:
