@@ -17,7 +17,7 @@ import torch
 
 from jax_flashllm import plan
 
-TOKENS = (1, 8, 16)
+TOKENS = (1, 8, 16, 64)
 GAIN = 0.97
 
 
