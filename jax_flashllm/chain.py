@@ -28,7 +28,7 @@ from jax_flashllm.spmm import FLOATS, check_product, spmm
 
 _TARGET = "flashllm_chain_v1"
 _FORMATS = ("bitmap", "tiled_csl")
-_MOST_FEATURES = 16384  # of h: a token's row stays in the registers of one CTA
+_MOST_FEATURES = 16384  # of h: a token stays in the registers of a cluster's four CTAs
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +58,11 @@ def chain(
     epsilon: of the LayerNorms, whose statistics are float32.
     Returns h [..., H] and x [..., M of the last stage] in that dtype.
 
-    One call on a CUDA device, where h, x and all W have one 16-bit dtype, for up to 64 tokens,
-    weights in one block, K that are multiples of 64 and H up to 16384. Otherwise, and for
-    derivatives, it is what the stages' `spmm` and LayerNorms give one by one; so are stacked
-    weights under vmap, and everything on a mesh. Results agree but for rounding.
+    One call on a CUDA device, for up to 64 tokens, where h, x and all W have one 16-bit dtype, W
+    are one block each with K a multiple of 64, and where to `add` H is a multiple of 8 up to 16384,
+    without activation. Otherwise, and for derivatives, it is what the stages' `spmm` and LayerNorms
+    give one by one; so are stacked weights under vmap, and everything on a mesh. Results agree but
+    for rounding. For `jax.export` see `jax_flashllm.spmm`; the call is "flashllm_chain_v1".
 
     Raises TypeError and ValueError as `spmm`, with the stage's number, and where x, h and stages
     do not fit together.
@@ -135,17 +136,16 @@ def _layer_norm(h, scale, shift, epsilon):
 
 
 def _supports(x, h, stages: Sequence[Stage]) -> bool:
-    """csrc/cuda/chain.h."""
+    """csrc/cuda/handlers.cc."""
+
+    def fits(s: Stage) -> bool:
+        m, k = s.weight.shape
+        ours = s.weight.dtype == x.dtype and s.weight.shards == 1 and k % 64 == 0
+        return ours and not (s.add and (s.activation or m % 8 or m > _MOST_FEATURES))
+
     tokens = math.prod(h.shape[:-1])
-    return (
-        _TARGET in _flashllm.cuda_targets()
-        and 1 <= tokens <= plan.MAX_GROUP
-        and h.shape[-1] <= _MOST_FEATURES
-        and all(
-            s.weight.dtype == x.dtype and s.weight.shards == 1 and s.weight.shape[1] % 64 == 0
-            for s in stages
-        )
-    )
+    ready = _TARGET in _flashllm.cuda_targets()
+    return ready and 1 <= tokens <= plan.MAX_GROUP and all(map(fits, stages))
 
 
 def _cuda(x, h, *leaves, treedef, epsilon):

@@ -302,8 +302,11 @@ def test_what_is_not_one_call(cuda):
     split(x, h, stages, weight=jax_flashllm.encode(w.astype(jnp.bfloat16)))
     split(x, h, stages, weight=jax_flashllm.encode(w, shards=2))
     split(x[:, :40], h, stages, weight=jax_flashllm.encode(w[:, :40].copy()))
-    wide = encoded([DenseStage(np.zeros((16448, 64), np.float16), add=True)])
-    split(x, np.zeros((2, 16448), np.float16), wide, weight=wide[0].weight)
+    split(x, h, stages, activation="relu", **same)
+    for H in (62, 16392):
+        last = encoded([DenseStage(np.zeros((H, 64), np.float16), add=True)])
+        split(x, np.zeros((2, H), np.float16), last, weight=last[0].weight)
+        assert "@flashllm_chain_v1" in lowered(x, x, [Stage(last[0].weight)])
     with pytest.raises(NotImplementedError, match="one by one"):
         jax.jit(jax.grad(lambda x: chain(x, h, stages)[1].sum()))(x)
     chains._flashllm.cuda_targets().clear()
