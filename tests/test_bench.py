@@ -82,3 +82,36 @@ def test_all_shapes_of_the_models_are_there(monkeypatch):
     assert {(11008, 4096), (8192, 22016), (10240, 8192), (8192, 28672)} <= set(found)
     assert shapes.names((4096, 4096)) == "Llama-7B output; OPT-6.7B output"
     assert np.prod(max(found, key=np.prod)) == 49152 * 12288
+
+
+def test_reports_count_each_case_once_and_say_who_loses(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import report
+
+    cases = {(7168, 7168): 0.5, (28672, 7168): 2.0, (64, 64): 9.0}  # cuBLAS / ours
+
+    def write(path, ratios):
+        rows = [
+            {"M": m, "K": k, "N": 8, "sparsity": 0.5, "kernel": kernel, "median_ms": ms,
+             "roof_ms": 0.5, "vs_cublas": 1 / ms, "dtype": "float16"}
+            for (m, k), ratio in ratios.items()
+            for kernel, ms in (("cuBLAS", 1.0), ("ours bitmap", 1 / ratio))
+        ]  # fmt: skip
+        with open(path, "w", newline="") as f:
+            f.write("# gpu: none\n")
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write(tmp_path / "old.csv", cases | {(7168, 7168): 0.1})
+    write(tmp_path / "new.csv", {(7168, 7168): 0.5})
+    files = [str(tmp_path / name) for name in ("old.csv", "new.csv")]
+    monkeypatch.setattr(sys, "argv", ["report.py", *files])
+    report.main()
+    out = capsys.readouterr().out
+    assert "2 of the 12 shapes" in out
+    assert "| 50% | 1.00; 0.50 |" in out  # means of 0.5 and 2, and of 0.25 and 1
+    assert "1 of 2 cases" in out
+    assert "N = 8: 1; 7168x7168 50% 0.50" in out
+    assert "| 7168x7168 | **0.50** |" in out
+    assert "| 64x64 | 9.00 |" in out
