@@ -27,7 +27,12 @@ from checkpoint_files import (
     weights,
 )
 
-from jax_flashllm.models.checkpoint import CheckpointError, open_checkpoint, save_packed
+from jax_flashllm.models.checkpoint import (
+    CheckpointError,
+    base,
+    open_checkpoint,
+    save_packed,
+)
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -200,6 +205,18 @@ def test_an_open_checkpoint_survives_being_replaced(tmp_path):
         save_packed(tmp_path / "m", {}, new.items(), overwrite=True)
         assert same(checkpoint.read("w"), old["w"])
     check(tmp_path / "m", new)
+
+
+def test_large_tensors_are_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "READ_STEP", 100)  # bytes
+    expected = weights(np.float16)
+    model_dir(tmp_path, model__safetensors=safetensors_bytes(expected))
+    check(tmp_path, expected)
+    with open_checkpoint(tmp_path) as checkpoint:
+        file = tmp_path / "model.safetensors"
+        os.truncate(file, file.stat().st_size // 2)
+        with pytest.raises(CheckpointError, match="became shorter"):
+            [checkpoint.read(name) for name in expected]
 
 
 def test_unknown_names_and_closed_files(tmp_path):

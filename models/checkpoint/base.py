@@ -13,6 +13,7 @@ import math
 import os
 import stat
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -26,7 +27,10 @@ import numpy as np
 MAX_TENSORS = 65_536
 MAX_HEADER = 100_000_000
 MAX_SMALL = 2 << 20
-READ_AHEAD = 64 << 20  # what the disk is to read on its own, while the last bytes are worked on
+# Copying out of the page cache takes a core as long as a fast disk takes to fill it: large tensors
+# are read by several threads, and the disk reads on while what came is worked on.
+READERS, READ_STEP = 4, 8 << 20
+READ_AHEAD = 64 << 20
 MAX_DIMS = 8
 
 # safetensors' names; the sub-byte types are left out.
@@ -129,10 +133,22 @@ class File:
         if end + READ_AHEAD // 2 > self._ahead and hasattr(os, "posix_fadvise"):
             start, self._ahead = max(self._ahead, offset), end + READ_AHEAD
             os.posix_fadvise(self._fd, start, self._ahead - start, os.POSIX_FADV_WILLNEED)
+        if len(view) <= READ_STEP:
+            self._fill_part(view, offset, field)
+            return
+
+        def read(at: int) -> None:
+            self._fill_part(view[at : at + READ_STEP], offset + at, field)
+
+        with ThreadPoolExecutor(READERS) as pool:
+            for _ in pool.map(read, range(0, len(view), READ_STEP)):
+                pass
+
+    def _fill_part(self, view: memoryview, offset: int, field: str) -> None:
         done = 0
         while done < len(view):
             try:
-                n = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
+                n = os.preadv(self._fd, [view[done:]], offset + done)
             except OSError as e:
                 raise CheckpointError(
                     self.path, field, f"read failed ({e.strerror}); check the disk"
