@@ -83,13 +83,15 @@ def load(
         )
         with progress as bar, model_mesh(layout), room("opt.load", str(ckpt.path), _SMALLER):
             loader.on_read = bar.update
-            return OPT(
+            model = OPT(
                 config,
                 make=loader,
                 dtype=compute,
                 attention_implementation=attention_implementation,
                 layout=layout,
             )
+            jax.block_until_ready(nnx.state(model))
+            return model
 
 
 def _check_fits(names: _Names, config: OPTConfig, compute: np.dtype) -> None:

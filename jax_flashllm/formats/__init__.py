@@ -62,6 +62,7 @@ def encode(
             w = jax.device_put(encode_on_host(dense, format, shards))
             step = _sample_step(dense)
             negative_zeros = np.count_nonzero(words(dense)[::step] == 0x8000)
+        jax.block_until_ready(w)
     share = negative_zeros / (-(-dense.shape[0] // step) * dense.shape[1])
     if share > 0.01:
         warnings.warn(

@@ -22,7 +22,7 @@ from jax_flashllm import _flashllm
 from jax_flashllm.formats import bitmap, tiled_csl
 from jax_flashllm.formats.bitmap import Bitmap
 from jax_flashllm.formats.tiled_csl import CHUNK, TiledCSL
-from jax_flashllm.formats.weight import VECTOR, smaller_format
+from jax_flashllm.formats.weight import VECTOR, check_free, smaller_format
 
 _MOST_NONZEROS = 1 << 35  # of a shard: offsets count vectors in 32 bits
 
@@ -61,21 +61,28 @@ def encode(
     auto = format == "auto"
     if format == "auto":
         format = "bitmap"
-    known, told = count(dense, format=format, grid=grid, step=step, nonzeros=auto)
+    known, told = _checked(count, dense, format=format, grid=grid, step=step, nonzeros=auto)
     read = np.asarray(told)
     if auto and smaller_format(read[S:-1].sum(dtype=np.int64) / dense.size) == "tiled_csl":
         format = "tiled_csl"
-        known, told = count(dense, format=format, grid=grid, step=step)
+        known, told = _checked(count, dense, format=format, grid=grid, step=step)
         read = np.asarray(told)
     units = [[VECTOR], [0]] if format == "bitmap" else [[CHUNK, VECTOR], [CHUNK // 8, VECTOR // 2]]
     width = len(units[0])
     ends = read[: S * width].astype(np.int64).reshape(S, width)
     values, index = map(int, (ends @ np.transpose(units)).max(0))
     sizes = {"capacity": allocated(values, VECTOR), "index_capacity": allocated(index, VECTOR // 2)}
-    *new, values = fill(known, dense, format=format, grid=grid, **sizes)
+    *new, values = _checked(fill, known, dense, format=format, grid=grid, **sizes)
     *masks, offsets = known
     cls = Bitmap if format == "bitmap" else TiledCSL
     return cls(offsets, values, (M, K), *masks, *new, grid=grid), int(read[-1])
+
+
+def _checked(program: Any, *operands: Any, **how: Any) -> Any:
+    """The program's results, where there is room for them."""
+    (device,) = operands[-1].devices()
+    check_free(jax.eval_shape(partial(program, **how), *operands), device)
+    return program(*operands, **how)
 
 
 def allocated(needed: int, unit: int) -> int:

@@ -318,7 +318,10 @@ def check_process(op: str) -> None:
 
 @contextlib.contextmanager
 def room(op: str, what: str, advice: str) -> Iterator[None]:
-    """Where the device runs out of memory inside, the error says for what, and what to do."""
+    """Where the device runs out of memory inside, the error says for what, and what to do.
+
+    What is computed inside must be waited for there: XLA allocates after its calls return.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -335,6 +338,20 @@ def room(op: str, what: str, advice: str) -> Iterator[None]:
         raise jax.errors.JaxRuntimeError(
             f"RESOURCE_EXHAUSTED: {op}: no room on {device} for {what}{used} ({text}); {advice}"
         ) from error
+
+
+def check_free(out: Any, device: jax.Device) -> None:
+    """Raises what XLA would, for these arrays or shapes: it tries for ten seconds, and keeps those
+    results of a failed call that it had room for."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return
+    free = stats["bytes_limit"] - stats["bytes_in_use"]
+    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(out))
+    if needed > free:
+        raise jax.errors.JaxRuntimeError(
+            f"RESOURCE_EXHAUSTED: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
+        )
 
 
 def check_dense(dense, shards: int | tuple[int, int]) -> tuple[int, int]:

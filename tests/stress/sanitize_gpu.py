@@ -263,7 +263,8 @@ def cache(rng, token, cached, d, slots):
     qkv = rng.standard_normal((2, 3, 3, d), np.float32).astype(token)
     keys, values = (rng.standard_normal((6, slots, d), np.float32).astype(cached) for _ in range(2))
     length = int(rng.integers(slots))
-    mask = np.arange(slots) >= rng.integers(0, length + 1, (2, 1))
+    slot = np.arange(slots)
+    mask = (slot >= rng.integers(0, length + 1, (2, 1))) & (slot <= length)
     return qkv, keys, values, mask, length
 
 
