@@ -13,6 +13,7 @@ sys.path.append(str(pathlib.Path(__file__).parent / "stress"))
 import determinism
 import faults
 import load
+import sanitize_gpu
 
 
 def test_products_from_many_threads():
@@ -68,3 +69,11 @@ def test_a_full_disk(tmp_path):
 
 def test_the_same_tokens_and_bits_every_time(tmp_path):
     determinism.determinism(load.tiny_model(tmp_path, num_hidden_layers=1), 5, tokens=24)
+
+
+def test_handlers_called_by_themselves():
+    """What compute-sanitizer runs on a GPU, with the CPU's handlers."""
+    run = sanitize_gpu.Runtime(host=True)
+    assert sanitize_gpu.valid(run, quick=True) == 72
+    assert 0 < sanitize_gpu.garbage(run, 30, seed=0) < 90
+    assert run.called == run.targets.keys()

@@ -36,6 +36,12 @@ namespace {
 
 using Generator = std::mt19937_64;
 
+#ifdef FLASHLLM_LIBFUZZER
+constexpr int kSmaller = 3;  // and more of them
+#else
+constexpr int kSmaller = 1;
+#endif
+
 // A fuzzer's bytes, four a number, as long as they last; then a generator's numbers.
 class Rng {
  public:
@@ -433,8 +439,8 @@ void Expect(bool ok, const char* what, uint64_t round) {
 }
 
 void Round(Rng rng, uint64_t seed) {
-  const int64_t m = 1 + Below(rng, rng() % 8 ? 150 : 900),
-                k = 1 + Below(rng, rng() % 8 ? 300 : 2500);
+  const int64_t m = 1 + Below(rng, (rng() % 8 ? 150 : 900) / kSmaller),
+                k = 1 + Below(rng, (rng() % 8 ? 300 : 2500) / kSmaller);
   const int64_t shards = rng() % 2 ? 1 : 1 + Below(rng, std::min<int64_t>(m, 9));
   const XLA_FFI_DataType dtype = rng() % 2 ? XLA_FFI_DataType_F16 : XLA_FFI_DataType_BF16;
   const Buffer dense = RandomMatrix(rng, m, k, dtype);

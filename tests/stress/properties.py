@@ -1,6 +1,6 @@
 """The properties of tests/test_properties.py over any number of cases.
 
-python tests/stress/properties.py                  # 10,000, 5,000, 2,000, 500 and 300 cases
+python tests/stress/properties.py                  # 10,000, 5,000, 2,000, 500 and 500 cases
 python tests/stress/properties.py --only spmm --count 5000 --seed 3
 """
 
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from properties import PROPERTIES
 
-COUNTS = dict(zip(PROPERTIES, [10_000, 5_000, 2_000, 500, 300], strict=True))
+COUNTS = dict(zip(PROPERTIES, [10_000, 5_000, 2_000, 500, 500], strict=True))
 PER_CACHE = 100  # compiled programs of shapes that do not come again are dropped
 
 
