@@ -90,7 +90,7 @@ def load(
                 attention_implementation=attention_implementation,
                 layout=layout,
             )
-            jax.block_until_ready(nnx.state(model))
+            jax.block_until_ready(model)
             return model
 
 
