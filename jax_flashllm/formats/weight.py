@@ -340,7 +340,7 @@ def room(op: str, what: str, advice: str) -> Iterator[None]:
         ) from error
 
 
-def check_free(out: Any, device: jax.Device) -> None:
+def check_free(out: Any, device: Any) -> None:
     """Raises what XLA would, for these arrays or shapes: it tries for ten seconds, and keeps those
     results of a failed call that it had room for."""
     stats = device.memory_stats() or {}
