@@ -217,7 +217,8 @@ def test_weight_bytes_are_those_of_the_model(variant, sparsity):
 @pytest.mark.parametrize("sparsity", [0.3, 0.7, 0.9])
 def test_bitmap_bytes(sparsity):
     w = jax_flashllm.encode(sparse_matrix((512, 1024), np.float16, sparsity), format="bitmap")
-    assert memory.bitmap_bytes(*w.shape, w.nnz) == pytest.approx(w.nbytes, rel=2e-3)
+    # Values are allocated with room for up to 1/256 more.
+    assert memory.bitmap_bytes(*w.shape, w.nnz) == pytest.approx(w.nbytes, rel=1 / 256 + 2e-3)
 
 
 def test_weights_take_their_bits_and_little_more():
