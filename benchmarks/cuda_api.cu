@@ -6,7 +6,7 @@ namespace {
 
 using namespace flashllm::cuda;
 
-bool g_overlap = false;
+bool g_overlap = false, g_follows = false;
 
 __global__ void ReadKernel(const uint4* data, size_t n, uint4* out) {
   uint4 sum = make_uint4(0, 0, 0, 0);
@@ -35,6 +35,9 @@ __attribute__((visibility("default"))) int flashllm_initialize() {
   if (cudaError_t e = InitializeBitmapWide()) return e;
   return InitializeTiledCsl();
 }
+
+// Whether a product may start before its predecessor on the stream ends, which must not write W.
+__attribute__((visibility("default"))) void flashllm_in_a_row(int follows) { g_follows = follows; }
 
 __attribute__((visibility("default"))) int flashllm_read(void* stream, const void* data,
                                                          size_t bytes, void* out) {
@@ -103,6 +106,6 @@ __attribute__((visibility("default"))) int flashllm_spmm(
   p.bias = bias, p.bias_type = p.token, p.y = y, p.activation = activation;
   const Plan plan = {ctas, warps, group, chunk, wide != 0, workspace, workspace_bytes};
   const char* why;
-  return Spmm(static_cast<cudaStream_t>(stream), p, plan, g_overlap, &why);
+  return Spmm(static_cast<cudaStream_t>(stream), p, plan, g_overlap, g_follows, &why);
 }
 }

@@ -177,7 +177,7 @@ def test_the_fat_binary_fits_into_a_wheel():
 @needs_cuda_build
 def test_every_target_has_both_stages():
     targets = _flashllm.cuda_targets()
-    assert len(targets) == 11
+    assert len(targets) == 12
     assert all(set(stages) == {"initialize", "execute"} for stages in targets.values())
 
 

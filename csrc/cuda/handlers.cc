@@ -2,8 +2,10 @@
 // into a command buffer; what CUDA forbids there happens in `initialize`.
 #include "handlers.h"
 
+#include <algorithm>
 #include <atomic>
 #include <string>
+#include <vector>
 
 #include "../ffi_checks.h"
 #include "attention.h"
@@ -151,8 +153,128 @@ ffi::Error SpmmHandler(cudaStream_t stream, Words index, Words offsets, AnyBuffe
   int device;
   if (auto e = Check(cudaGetDevice(&device), "cudaGetDevice"); e.failure()) return e;
   const char* why;
-  const cudaError_t e = Spmm(stream, p, plan, g_devices[device].load() == kOverlap, &why);
+  const cudaError_t e = Spmm(stream, p, plan, g_devices[device].load() == kOverlap, false, &why);
   return why ? Bad(why) : Check(e, "spmm");
+}
+
+// ---- chains ----
+
+// Where a stage's weight, bias and norm begin among the operands.
+constexpr size_t kStageOperands = 6, kStages0 = 2;
+
+using Integers = ffi::Span<const int64_t>;
+
+// A vector [count], or a placeholder of one number, which stands for none.
+ffi::ErrorOr<const void*> Vector(const AnyBuffer& b, int64_t count, Type* type) {
+  if (b.dimensions().size() == 2) return nullptr;
+  if (static_cast<int64_t>(b.element_count()) != count || !IsFloat(b.element_type()))
+    return ffi::Unexpected(Bad("chain: a bias, scale or shift does not fit its weight's rows"));
+  *type = TypeOf(b.element_type());
+  return static_cast<const void*>(b.untyped_data());
+}
+
+// Products in a row (chain.py): operands x, h, then for each stage index, offsets, values, bias,
+// scale, shift; attributes have an entry a stage.
+ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
+                        ffi::Result<AnyBuffer> h_out, ffi::Result<AnyBuffer> x_out,
+                        ffi::Result<AnyBuffer> workspace, Integers m, Integers k, Integers format,
+                        Integers activation, Integers ctas, Integers warps, Integers add,
+                        int64_t group, float epsilon) {
+  const size_t stages = m.size();
+  if (stages < 1 || operands.size() != kStages0 + stages * kStageOperands)
+    return Bad("chain: operands and attributes do not fit");
+  for (const Integers& each : {k, format, activation, ctas, warps, add})
+    if (each.size() != stages) return Bad("chain: attributes of different lengths");
+  auto x = operands.get<AnyBuffer>(0), h = operands.get<AnyBuffer>(1);
+  if (!x || !h) return Bad("chain: operands do not fit");
+  const DataType type = x->element_type();
+  const int64_t size = static_cast<int64_t>(x->element_count());
+  if (k[0] < 1 || size % k[0]) return Bad("chain: x does not fit the first weight");
+  const int64_t n = size / k[0];
+  for (const DataType t : {h->element_type(), h_out->element_type(), x_out->element_type()})
+    if (t != type || !IsHalf(t)) return Bad("chain: activations must all be float16 or bfloat16");
+  if (n < 1 || h->element_count() != h_out->element_count() || n > group)
+    return Bad("chain: the residual does not fit x, or there are too many tokens");
+  const int64_t hidden = static_cast<int64_t>(h->element_count()) / n;
+  int64_t widest = 0;
+  for (size_t s = 0; s < stages; ++s) {
+    if (s && k[s] != m[s - 1]) return Bad("chain: a weight does not fit the one before it");
+    widest = std::max(widest, m[s]);
+  }
+  if (static_cast<int64_t>(h->element_count()) != n * hidden ||
+      static_cast<int64_t>(x_out->element_count()) != n * m[stages - 1] || widest > kMaxSide / n)
+    return Bad("chain: the results do not fit");
+  int device;
+  if (auto e = Check(cudaGetDevice(&device), "cudaGetDevice"); e.failure()) return e;
+  const bool overlap = g_devices[device].load() == kOverlap;
+
+  // The workspace: x between two products, twice, and a product's own.
+  char* room = static_cast<char*>(workspace->untyped_data());
+  const char* const end = room + workspace->size_bytes();
+  const size_t between = Align(static_cast<size_t>(n * widest) * 2);
+  char* const xs[2] = {room, room + between};
+  room += 2 * between;
+  if (room > end) return Bad("chain: the workspace is too small");
+  const void* from = x->untyped_data();
+  const void* residual = h->untyped_data();
+  std::vector<Problem> problems(stages);
+  std::vector<Plan> plans(stages);
+  std::vector<Norm> norms(stages);
+  for (size_t s = 0; s < stages; ++s) {
+    const size_t at = kStages0 + s * kStageOperands;
+    auto index = operands.get<Words>(at), offsets = operands.get<Words>(at + 1);
+    auto values = operands.get<AnyBuffer>(at + 2), bias = operands.get<AnyBuffer>(at + 3);
+    auto scale = operands.get<AnyBuffer>(at + 4), shift = operands.get<AnyBuffer>(at + 5);
+    if (!index || !offsets || !values || !bias || !scale || !shift || format[s] < 0 ||
+        format[s] > 1)
+      return Bad("chain: operands do not fit");
+    Problem& p = problems[s];
+    if (auto e =
+            SetWeight(static_cast<Format>(format[s]), *index, *offsets, *values, m[s], k[s], &p);
+        e.failure())
+      return e;
+    if (p.shards != 1 || k[s] % 64 || values->element_type() != type || m[s] > kMaxSide / 64)
+      return Bad("chain: weights must be of x's type, in one shard, with K a multiple of 64");
+    const auto of_bias = Vector(*bias, m[s], &p.bias_type);
+    if (of_bias.has_error()) return of_bias.error();
+    p.x = from, p.token = p.weight, p.n = n;
+    p.bias = *of_bias;
+    p.activation = static_cast<int>(activation[s]);
+    void* const y = s + 1 == stages ? x_out->untyped_data() : xs[s % 2];
+    p.y = y;
+    if (add[s]) {
+      if (m[s] != hidden || p.activation) return Bad("chain: a residual does not fit its product");
+      p.residual = residual;
+      residual = p.y = h_out->untyped_data();
+      Norm& norm = norms[s];
+      const auto of_scale = Vector(*scale, m[s], &norm.scale_type);
+      if (of_scale.has_error()) return of_scale.error();
+      const auto of_shift = Vector(*shift, m[s], &norm.shift_type);
+      if (of_shift.has_error()) return of_shift.error();
+      norm.h = p.y, norm.y = y, norm.type = p.weight, norm.tokens = n, norm.width = hidden;
+      norm.scale = *of_scale, norm.shift = *of_shift, norm.epsilon = epsilon;
+    }
+    from = y;
+    plans[s] = {static_cast<int>(ctas[s]), static_cast<int>(warps[s]), static_cast<int>(group), n};
+    plans[s].workspace = room, plans[s].workspace_bytes = static_cast<size_t>(end - room);
+  }
+  if (residual == h->untyped_data()) {
+    if (auto e = Check(cudaMemcpyAsync(h_out->untyped_data(), residual, h->size_bytes(),
+                                       cudaMemcpyDeviceToDevice, stream),
+                       "chain");
+        e.failure())
+      return e;
+  }
+  // The first kernel waits for all before it, and with it W: the others may start when they can.
+  for (size_t s = 0; s < stages; ++s) {
+    const char* why;
+    const cudaError_t e = Spmm(stream, problems[s], plans[s], overlap, s > 0, &why);
+    if (why) return Bad(why);
+    if (e) return Check(e, "chain");
+    if (!norms[s].y) continue;
+    if (auto e = Check(LayerNorm(stream, norms[s], overlap), "chain"); e.failure()) return e;
+  }
+  return ffi::Error::Success();
 }
 
 template <Format kFormat>
@@ -321,6 +443,23 @@ XLA_FFI_DEFINE_HANDLER(
     ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
 XLA_FFI_DEFINE_HANDLER(kSpmmBitmap, SpmmHandler<Format::kBitmap>, BindSpmm(), {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kSpmmTiledCsl, SpmmHandler<Format::kTiledCsl>, BindSpmm(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kChain, ChainHandler,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .RemainingArgs()
+                           .Ret<AnyBuffer>()
+                           .Ret<AnyBuffer>()
+                           .Ret<AnyBuffer>()
+                           .Attr<Integers>("m")
+                           .Attr<Integers>("k")
+                           .Attr<Integers>("format")
+                           .Attr<Integers>("activation")
+                           .Attr<Integers>("ctas")
+                           .Attr<Integers>("warps")
+                           .Attr<Integers>("add")
+                           .Attr<int64_t>("group")
+                           .Attr<float>("epsilon"),
+                       {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kAttention, AttentionHandler,
                        ffi::Ffi::Bind()
                            .Ctx<Stream>()
@@ -363,6 +502,7 @@ std::vector<Target> Targets() {
   return {
       {"flashllm_spmm_bitmap_v1", kInitialize, kSpmmBitmap},
       {"flashllm_spmm_tiled_csl_v1", kInitialize, kSpmmTiledCsl},
+      {"flashllm_chain_v1", kInitialize, kChain},
       {"flashllm_decode_bitmap_v1", kInitialize, kDecodeBitmap},
       {"flashllm_decode_tiled_csl_v1", kInitialize, kDecodeTiledCsl},
       {"flashllm_sample_bitmap_v1", kInitialize, kSampleBitmap},

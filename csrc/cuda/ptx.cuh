@@ -224,6 +224,26 @@ __device__ __forceinline__ void WaitForPrevious() {
 #endif
 }
 
+// ---- cluster ----
+
+// To the same place in the shared memory of another CTA of the cluster.
+__device__ __forceinline__ void StoreCluster128(uint32_t address, uint32_t cta, float4 v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .b32 to; mapa.shared::cluster.u32 to, %0, %1;"
+      " st.shared::cluster.v4.f32 [to], {%2, %3, %4, %5}; }" ::"r"(address),
+      "r"(cta), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void ClusterSync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+
 // ---- warp ----
 
 // From the kernel's own number of registers a thread down, and up: every warp of a warpgroup.

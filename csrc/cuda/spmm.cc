@@ -9,8 +9,6 @@
 namespace flashllm::cuda {
 namespace {
 
-size_t Align(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 size_t TypeBytes(Type t) { return t == Type::kF32 ? 4 : 2; }
 
 }  // namespace
@@ -25,7 +23,7 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
   a.term_step = p.weight == Type::kF16 ? 0x1p-11f : 1.0f;
   a.tokens = static_cast<int>(n) * a.terms;
   a.x_stride = PaddedK(p.k);
-  a.out = {p.y, p.bias, p.token, p.bias_type, p.activation, p.shards * p.rows};
+  a.out = {p.y, p.bias, p.token, p.bias_type, p.activation, p.shards * p.rows, p.residual};
   a.capacity = p.capacity / 8;
   a.index_capacity = p.index_capacity / 4;
   a.shard_rows = static_cast<int>(p.rows);
@@ -76,7 +74,8 @@ Sizes WorkspaceSizes(const Problem& p, const Args& a) {
   return s;
 }
 
-cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap, const char** why) {
+cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap, bool follows,
+                 const char** why) {
   *why = nullptr;
   const auto refuse = [&](const char* text) {
     *why = text;
@@ -133,7 +132,8 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
     }
     // The main loop may start before its predecessor ends only if that is ours: it reads W first.
     const auto main_loop = p.format == Format::kBitmap ? BitmapSpmm : TiledCslSpmm;
-    if (cudaError_t e = main_loop(stream, a, bf16, overlap && NeedsPrepare(p))) return e;
+    if (cudaError_t e = main_loop(stream, a, bf16, overlap && (follows || NeedsPrepare(p))))
+      return e;
     if (!a.slots) continue;
     const auto combine = a.keep_all ? CombineTerms : Combine;
     if (cudaError_t e = combine(stream, a, overlap)) return e;

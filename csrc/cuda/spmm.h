@@ -4,6 +4,12 @@
 //          only for another         |          only for strips that CTAs share, or x in terms
 //          dtype or ragged K        +--------- all other strips go straight to y
 //
+// A chain is products in a row, with a residual in the epilogue of some, and a LayerNorm behind:
+//
+//   x ---> product ---> product, h += ... ---> LayerNorm ---> product ---> y
+//
+// Each kernel starts before the last one ends: a main loop reads W until x is there.
+//
 // Work is cut into strips (16 rows a warp of a bitmap, 64 a team of two of Tiled-CSL) and units (a
 // strip over 256 columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous units
 // [FirstUnit(c), FirstUnit(c + 1)): whole strips mostly, so that few sums have to be combined, and
@@ -34,6 +40,7 @@ struct Problem {
   Type bias_type;
   void* y;  // [n, shards * rows]
   int activation;
+  const void* residual;  // [n, shards * rows] of x's type, added last, or null
 };
 
 // Chosen by jax_flashllm/plan.py from shapes alone.
@@ -58,6 +65,8 @@ inline int Terms(Type weight, Type token) {
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline size_t Align(size_t bytes) { return (bytes + 255) / 256 * 256; }  // of a workspace's parts
+
 // Tensor cores read whole tiles of 64 columns.
 inline int64_t PaddedK(int64_t k) { return CeilDiv(k, 64) * 64; }
 
@@ -71,6 +80,7 @@ struct Output {
   Type type, bias_type;
   int activation;
   int64_t rows;  // shards * rows: the stride of a token in y
+  const void* residual;
 };
 
 struct Args {
@@ -109,9 +119,11 @@ struct Sizes {
 Args MakeArgs(const Problem& p, const Plan& plan, int64_t n);
 Sizes WorkspaceSizes(const Problem& p, const Args& a);
 
-// overlap: launch kernels before their predecessor in here ends; they wait themselves. On
-// cudaErrorInvalidValue `why` may hold the reason.
-cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap, const char** why);
+// overlap: launch kernels before their predecessor in here ends; they wait themselves.
+// follows: the first one too, its predecessor being ours and nothing still writing W.
+// On cudaErrorInvalidValue `why` may hold the reason.
+cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap, bool follows,
+                 const char** why);
 
 // Main loops and their helpers, one file each.
 cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
@@ -125,6 +137,18 @@ cudaError_t PrepareWide(cudaStream_t stream, const uint16_t* x, int64_t n, int64
                         const Args& a);
 cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap);
 cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap);
+
+// y = LayerNorm(h) * scale + shift.
+struct Norm {
+  const void* h;
+  void* y;
+  Type type;  // of both, fp16 or bf16
+  int64_t tokens, width;
+  const void *scale, *shift;  // [width] or null
+  Type scale_type, shift_type;
+  float epsilon;
+};
+cudaError_t LayerNorm(cudaStream_t stream, const Norm& a, bool overlap);
 
 // A dense matrix; shard c * row_blocks + r of a weight is its row block r of column block c.
 struct Dense {
@@ -158,7 +182,7 @@ inline cudaError_t MaxShared(int* bytes) {
 }
 
 // A launch whose kernel waits (ptx::WaitForPrevious) for its predecessor, and so may start early;
-// `cluster` CTAs at a time.
+// `cluster` CTAs along x at a time.
 template <typename... Parameters>
 cudaError_t LaunchClusters(cudaStream_t stream, int cluster, void (*kernel)(Parameters...),
                            dim3 grid, int threads, size_t shared, bool overlap,
@@ -169,13 +193,15 @@ cudaError_t LaunchClusters(cudaStream_t stream, int cluster, void (*kernel)(Para
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = overlap;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = cluster;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  if (overlap) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 

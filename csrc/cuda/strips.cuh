@@ -55,11 +55,12 @@ __device__ inline float LoadFloat(const void* p, Type type, int64_t i) {
   }
 }
 
-// act(sum + bias of its row), rounded to y's type. i: row + token * rows.
+// act(sum + bias of its row) + residual, rounded to y's type. i: row + token * rows.
 __device__ inline void Store(const Output& out, int64_t i, float bias, float sum) {
   if (out.bias) sum += bias;
   if (out.activation == 1) sum = sum < 0.0f ? 0.0f : sum;  // keeps NaN
   if (out.activation == 2) sum = 0.5f * sum * erfcf(-0.70710678118654752f * sum);
+  if (out.residual) sum += LoadFloat(out.residual, out.type, i);
   switch (out.type) {
     case Type::kF16:
       static_cast<__half*>(out.y)[i] = __float2half_rn(sum);

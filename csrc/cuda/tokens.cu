@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
                        PartialIndex(a, group, first + 1, 0, strip_band, n8);
   const float4* own = from + PartialIndex(a, 0, 0, 1, 0, 0) - stride;
   const Band band = BandOf(a, strip / a.strip_groups * StripBands(a) + strip_band);
+  ptx::LaunchDependents();
   // All warps wait: a grid that ended before its predecessor would set the next one free.
   ptx::WaitForPrevious();
   if (first == last || strip_band >= StripBands(a)) return;
@@ -114,6 +115,90 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
       if (c + i <= last) sum.x += p[i].x, sum.y += p[i].y, sum.z += p[i].z, sum.w += p[i].w;
   }
   StoreFragment(a, band, (group_of_tokens * n8s + n8) * 8, lane, sum);
+}
+
+// ---- LayerNorm ----
+
+constexpr int kNormSplit = 4, kNormThreads = 128;  // CTAs of a cluster, which share a token
+constexpr int kNormKept = 4;                       // 16-byte pieces a thread
+
+// The sum over the CTA's threads, in a fixed order.
+__device__ float SumOverCta(float v) {
+  __shared__ float warps[32];
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = warps[0];
+  for (int w = 1; w < blockDim.x / 32; ++w) v += warps[w];
+  return v;
+}
+
+// y = (h - mean) / sqrt(variance + epsilon) * scale + shift; a cluster a token. Each CTA has the
+// mean of its part and the squares about that; those of all parts are joined as Chan, Golub and
+// LeVeque do.
+template <bool kBf16>
+__global__ void __launch_bounds__(1024, 2) NormKernel(const __grid_constant__ Norm a) {
+  const int pieces = static_cast<int>(a.width / 8), threads = gridDim.x * blockDim.x;
+  const int64_t at = blockIdx.y * a.width;
+  const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.h) + at);
+  ptx::LaunchDependents();
+  ptx::ClusterSync();  // all CTAs run, and may be written to
+  ptx::WaitForPrevious();
+  uint4 kept[kNormKept];
+  int count = 0;
+  float sum = 0.0f;
+  auto each = [&](auto f) {
+#pragma unroll
+    for (int j = 0; j < kNormKept; ++j) {
+      const int piece = j * threads + blockIdx.x * blockDim.x + threadIdx.x;
+      if (piece < pieces) f(piece, kept[j]);
+    }
+  };
+  auto numbers = [&](uint4& v, auto f) {
+    uint32_t* const words = reinterpret_cast<uint32_t*>(&v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      f(i, ToFloat(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16), kBf16));
+  };
+  each([&](int piece, uint4& v) { v = __ldcg(from + piece); });
+  each([&](int, uint4& v) { numbers(v, [&](int, float x) { sum += x; }); });
+  each([&](int, uint4&) { count += 8; });
+  const float all = SumOverCta(static_cast<float>(count));
+  float mean = SumOverCta(sum) / fmaxf(all, 1.0f), squares = 0.0f;
+  each([&](int, uint4& v) {
+    numbers(v, [&](int, float x) { squares += (x - mean) * (x - mean); });
+  });
+  squares = SumOverCta(squares);
+#if __CUDA_ARCH__ >= 900
+  __shared__ float4 parts[kNormSplit];
+  if (threadIdx.x < gridDim.x)
+    ptx::StoreCluster128(ptx::SharedAddress(&parts[blockIdx.x]), threadIdx.x,
+                         make_float4(all, mean, squares, 0.0f));
+  ptx::ClusterSync();
+  float total = 0.0f;
+  for (int c = 0; c < gridDim.x; ++c) total += parts[c].x * parts[c].y;
+  mean = total / static_cast<float>(a.width);
+  squares = 0.0f;
+  for (int c = 0; c < gridDim.x; ++c) {
+    const float off = parts[c].y - mean;
+    squares += parts[c].z + parts[c].x * off * off;
+  }
+#endif
+  const float scale = 1.0f / sqrtf(squares / static_cast<float>(a.width) + a.epsilon);
+  each([&](int piece, uint4& v) {
+    uint32_t halves[8];
+    numbers(v, [&](int i, float x) {
+      const int64_t column = int64_t(piece) * 8 + i;
+      const float by = a.scale ? LoadFloat(a.scale, a.scale_type, column) : 1.0f;
+      const float add = a.shift ? LoadFloat(a.shift, a.shift_type, column) : 0.0f;
+      halves[i] = ToHalf((x - mean) * scale * by + add, kBf16);
+    });
+    reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.y) + at)[piece] =
+        make_uint4(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16,
+                   halves[4] | halves[5] << 16, halves[6] | halves[7] << 16);
+  });
 }
 
 // Sums of tokens in terms over the CTAs that share a strip, in order of K: one thread an element
@@ -177,6 +262,16 @@ cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap) {
   const int64_t threads = StripBands(a) * (a.group / 8) * 32;
   const dim3 grid(a.strips, static_cast<unsigned>(CeilDiv(threads, kCombineThreads)), a.groups);
   return Launch(stream, CombineKernel, grid, kCombineThreads, 0, overlap, a);
+}
+
+cudaError_t LayerNorm(cudaStream_t stream, const Norm& a, bool overlap) {
+  // Code that overlaps knows clusters too. Small CTAs find room beside a product's.
+  const int split = overlap ? kNormSplit : 1, threads = overlap ? kNormThreads : 1024;
+  if (a.width % 8 || a.width > int64_t(split) * threads * kNormKept * 8)
+    return cudaErrorInvalidValue;
+  const auto kernel = a.type == Type::kBF16 ? NormKernel<true> : NormKernel<false>;
+  const dim3 grid(split, static_cast<unsigned>(a.tokens));
+  return LaunchClusters(stream, split, kernel, grid, threads, 0, overlap, a);
 }
 
 cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap) {
