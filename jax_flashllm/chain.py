@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,10 @@ def _supports(x, h, stages: Sequence[Stage]) -> bool:
     return ready and 1 <= tokens <= plan.MAX_GROUP and all(map(fits, stages))
 
 
+def _call(out, *operands, **attributes):
+    return jax.ffi.ffi_call(_TARGET, out)(*operands, **attributes)
+
+
 def _cuda(x, h, *leaves, treedef, epsilon):
     stages = treedef.unflatten(leaves)
     if not hasattr(_flashllm, "cuda_targets") or not _supports(x, h, stages):
@@ -174,9 +179,9 @@ def _cuda(x, h, *leaves, treedef, epsilon):
         "warps": [p.warps for p in plans],
         "add": [s.add for s in stages],
     }
-    attributes = {name: np.array(values, np.int64) for name, values in each.items()}
-    call = jax.ffi.ffi_call(_TARGET, out)
-    new_h, y, _ = call(*operands, group=plans[0].group, epsilon=np.float32(epsilon), **attributes)
+    attributes: dict[str, Any] = {name: np.array(values, np.int64) for name, values in each.items()}
+    attributes |= {"group": plans[0].group, "epsilon": np.float32(epsilon)}
+    new_h, y, _ = _call(out, *operands, **attributes)
     return new_h.reshape(h.shape), y.reshape(*x.shape[:-1], M)
 
 

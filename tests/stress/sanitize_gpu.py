@@ -4,8 +4,9 @@
     compute-sanitizer --tool memcheck python tests/stress/sanitize_gpu.py --garbage 200
 
 Handlers are called as XLA calls them, through a call frame, here made by ctypes; memory comes from
-the CUDA driver. Products, decoding, sampling and encoding of small weights and attention over small
-caches reach every kernel: each group of tokens, x in terms, ragged K, split K, each head size.
+the CUDA driver. Products, chains of them, decoding, sampling and encoding of small weights and
+attention over small caches reach every kernel: each group of tokens, x in terms, ragged K, split K,
+each head size.
 The last line names the handlers that were not called. --garbage changes offsets, masks, codes,
 positions and lengths first: results are then any numbers, but no access may leave a buffer.
 --host runs the CPU's handlers, which checks this script where there is no GPU.
@@ -29,10 +30,21 @@ import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from reference import FLOATS, FORMATS, HALVES, assert_product, bits, damage, sparse_matrix
+from reference import (
+    FLOATS,
+    FORMATS,
+    HALVES,
+    DenseStage,
+    assert_chain,
+    assert_product,
+    bits,
+    damage,
+    sparse_matrix,
+)
 
 import jax_flashllm as jf
 from jax_flashllm import _flashllm, plan
+from jax_flashllm import chain as chains
 from jax_flashllm.formats import on_gpu
 from jax_flashllm.models import attention
 from jax_flashllm.models import cache as caches
@@ -60,6 +72,9 @@ Frame = struct(
 )
 Span = type("Span", (c.Structure,), {"_fields_": [("ptr", c.c_char_p), ("len", c.c_size_t)]})
 Scalar = type("Scalar", (c.Structure,), {"_fields_": [("dtype", c.c_int), ("value", P)]})
+Array = type(
+    "Array", (c.Structure,), {"_fields_": [("dtype", c.c_int), ("size", c.c_size_t), ("data", P)]}
+)
 Version = struct("Version", major=c.c_int, minor=c.c_int)
 FUNCTIONS = [
     *("Error_Create", "Error_GetMessage", "Error_Destroy", "Handler_Register", "Stream_Get"),
@@ -192,11 +207,17 @@ class Runtime:
 
         names = sorted(attributes)
         spans = [Span(n.encode(), len(n)) for n in names]
-        scalars = [Scalar(DTYPES["int64"], array(I64, [int(attributes[n])])) for n in names]
-        keep += [spans, scalars]
-        kinds = array(c.c_int, [3] * len(names))
+        arrays = [np.asarray(attributes[n]) for n in names]
+        values = [
+            Array(DTYPES[a.dtype.name], a.size, a.ctypes.data)
+            if a.ndim
+            else Scalar(DTYPES[a.dtype.name], a.ctypes.data)
+            for a in arrays
+        ]
+        keep += [spans, arrays, values]
+        kinds = array(c.c_int, [1 if a.ndim else 3 for a in arrays])
         attrs = Attributes(
-            c.sizeof(Attributes), None, len(names), kinds, addresses(spans), addresses(scalars)
+            c.sizeof(Attributes), None, len(names), kinds, addresses(spans), addresses(values)
         )
         size = Frame.attrs.offset + c.sizeof(Attributes)
         api = c.addressof(self.api)
@@ -223,6 +244,31 @@ def spmm(run: Runtime, w, x, bias, activation):
         return call("spmm", w.format, out, *operands, m=m, k=k, activation=code)[:, :m]
     y = plan.spmm(call, *operands, format=w.format, shape=w.shape, activation=activation)
     return np.asarray(y)[:, : w.shape[0]]
+
+
+def chain(run: Runtime, x, h, stages):
+    """h and x after the stages."""
+    chains._call = lambda out, *operands, **attributes: run.call(
+        chains._TARGET, out, *map(np.asarray, operands), **attributes
+    )
+    leaves, treedef = jax.tree.flatten([chains.Stage(*s) for s in stages])
+    return chains._cuda(x, h, *leaves, treedef=treedef, epsilon=1e-5)
+
+
+def row(format, dtype, H, F, seed):
+    """Of a layer out_proj, fc1, fc2 and qkv_proj: dense, and encoded."""
+    rng = np.random.default_rng(seed)
+    stages, coded = [], []
+    for i, (m, k) in enumerate([(H, H), (F, H), (H, F), (3 * H + seed % 5, H)]):
+        formats = format, FORMATS[i % 2]
+        dense, w = weight((m, k), dtype, (0.3, 0.9, 0.02)[(seed + i) % 3], formats[seed % 2], 1, i)
+        add, activation = i in (0, 2), (None, "relu", None, "gelu")[i]
+        bias, scale, shift = (rng.standard_normal(n, np.float32) for n in (m, H, H))
+        bias, scale, shift = bias.astype(dtype), scale.astype(dtype), shift.astype(dtype)
+        rest = bias if i else None, activation, add, scale if i == 2 else None
+        stages.append(DenseStage(dense, *rest, shift if add else None))
+        coded.append((w, *stages[-1][1:]))
+    return stages, coded
 
 
 def decode(run: Runtime, w):
@@ -307,6 +353,15 @@ def valid(run: Runtime, quick: bool) -> int:
         x = np.random.default_rng(0).standard_normal((2048, 136), np.float32).astype(np.float16)
         assert_product(spmm(run, w, x, None, None), x, dense, None, None)
         count += 1
+    for i, (format, dtype) in enumerate(itertools.product(FORMATS, HALVES)):
+        for n in (1, 40) if quick else (1, 12, 20, 40, 64):
+            H, F = [(64, 192), (320, 1088), (1024, 256)][(count + i) % 3]
+            stages, coded = row(format, dtype, H, F, count)
+            rng = np.random.default_rng(count)
+            x, h = (rng.standard_normal((n, H), np.float32).astype(dtype) for _ in range(2))
+            results = [chain(run, x, h, coded[: j + 1]) for j in range(len(stages))]
+            assert_chain(results, x, h, stages)
+            count += 1
     # One lane to 32 a slot, some of them past the head's end; one round of slots and several.
     for i, (cached, d) in enumerate(itertools.product(CACHES, (16, 32, 48, 64, 80, 128, 256))):
         if d * cached.itemsize > 512 or (quick and i % 3):
@@ -328,6 +383,8 @@ def garbage(run: Runtime, count: int, seed: int) -> int:
         rng = np.random.default_rng(seed + i)
         shape = int(rng.integers(1, 300)), int(rng.integers(1, 1100))
         shards = int(rng.integers(1, min(shape[0], 3) + 1))
+        if square := i % 3 == 0:
+            shape, shards = (shape[0] // 64 * 64 + 64,) * 2, 1
         format, dtype = FORMATS[i % 2], HALVES[i // 2 % 2]
         dense, w = weight(shape, dtype, rng.choice([0.02, 0.3, 0.9]), format, shards, seed + i)
         index, offsets = (np.array(b) for b in w.buffers)
@@ -354,6 +411,10 @@ def garbage(run: Runtime, count: int, seed: int) -> int:
             operands[3] = rng.integers(0, 256, operands[3].shape, np.uint8).view(bool)
             operands[4] = rng.integers(-(2**31), 2**31)
             calls.append((attend, *operands))
+            if square and n <= 64:
+                h = rng.standard_normal((n, shape[0]), np.float32).astype(dtype)
+                stages = [(w, None, None, True), (w, None, "relu"), (w, None, None, True)]
+                calls.append((chain, x.astype(dtype), h, stages))
         for call, *args in calls:
             try:
                 call(run, *args)
