@@ -509,10 +509,6 @@ def test_a_row_that_sees_nothing_is_finite():
 
 # ---- chains ----
 
-needs_chain = pytest.mark.skipif(
-    "flashllm_chain_v1" not in getattr(_flashllm, "cuda_targets", dict)(), reason="no chains yet"
-)
-
 
 def _row(H, F, dtype, bias=True, affine=True, integers=False, ragged=0):
     """out_proj, fc1, fc2 and qkv_proj of a layer, `ragged` rows more in the last."""
@@ -543,7 +539,6 @@ def _chain(x, h, stages):
 MIXED = [["bitmap"], ["tiled_csl"], ["bitmap", "tiled_csl"], ["tiled_csl", "bitmap", "bitmap"]]
 
 
-@needs_chain
 @pytest.mark.parametrize("n", [1, 3, 8, 17, 33, 64])
 @pytest.mark.parametrize(("H", "F"), [(64, 64), (192, 1024), (2048, 8192)])
 def test_chains_of_integers_are_exact(H, F, n):
@@ -564,7 +559,6 @@ def test_chains_of_integers_are_exact(H, F, n):
         np.testing.assert_array_equal(np.asarray(got_x), expected_x.astype(np.float16))
 
 
-@needs_chain
 @pytest.mark.parametrize("n", [1, 3, 8, 17, 33, 64])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_chains_stay_in_bound(dtype, n):
@@ -576,7 +570,6 @@ def test_chains_stay_in_bound(dtype, n):
         assert_chain([_chain(x, h, coded[: j + 1]) for j in range(4)], x, h, stages)
 
 
-@needs_chain
 @pytest.mark.parametrize(("H", "F"), [(200, 320), (8, 64), (1000, 1024), (16384, 128)])
 def test_chains_of_ragged_rows(H, F):
     """fc1 and fc2 alone, H no multiple of what a tile has; and its largest."""
@@ -596,7 +589,6 @@ def test_chains_of_ragged_rows(H, F):
         assert_chain([_chain(x, h, _encoded([alone], MIXED[i]))], x, h, [alone])
 
 
-@needs_chain
 def test_norms_of_rows_far_from_zero():
     """E[h^2] - E[h]^2 would be all rounding here."""
     H = 4096
@@ -607,7 +599,6 @@ def test_norms_of_rows_far_from_zero():
     assert_chain([_chain(x, h, _encoded([stage], ["bitmap"]))], x, h, [stage])
 
 
-@needs_chain
 def test_inf_and_nan_stay_in_their_token():
     stages = _row(128, 256, np.float16)
     coded = _encoded(stages, ["bitmap", "tiled_csl"])
@@ -620,7 +611,6 @@ def test_inf_and_nan_stay_in_their_token():
     assert np.isnan(np.asarray(_chain(x, h, coded)[1])[2]).all()
 
 
-@needs_chain
 @pytest.mark.parametrize("formats", MIXED[:3], ids=str)
 def test_a_chain_gives_the_same_bits_every_time_and_in_every_batch(formats):
     stages = _encoded(_row(1024, 4096, np.float16), formats)
@@ -635,7 +625,6 @@ def test_a_chain_gives_the_same_bits_every_time_and_in_every_batch(formats):
             np.testing.assert_array_equal(bits(a), b[:n], err_msg=f"{n=}")
 
 
-@needs_chain
 @pytest.mark.parametrize("formats", MIXED[:3], ids=str)
 def test_chains_inside_a_command_buffer(formats):
     """Layers of chains, replayed with other operands, with another op of XLA's in between."""
@@ -657,7 +646,6 @@ def test_chains_inside_a_command_buffer(formats):
             np.testing.assert_array_equal(bits(a), bits(b))
 
 
-@needs_chain
 def test_chains_behind_one_another_wait():
     """A chain starts loading before what it reads is there: with many in flight it would show."""
     stages = _encoded(_row(2048, 8192, np.float16), ["bitmap"])
@@ -678,7 +666,6 @@ def test_chains_behind_one_another_wait():
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
-@needs_chain
 def test_a_batched_chain_is_one_call():
     stages = _encoded(_row(128, 256, np.float16), ["bitmap"])
     x, h = _normals((3, 5, 128), np.float16), _normals((3, 5, 128), np.float16, seed=2)
@@ -688,7 +675,6 @@ def test_a_batched_chain_is_one_call():
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
-@needs_chain
 @pytest.mark.parametrize("B", [1, 8, 20])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_opt_decodes_as_without_chains(dtype, B, monkeypatch):
