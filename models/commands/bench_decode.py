@@ -40,7 +40,7 @@ READ_BYTES = 2 << 30
 
 # Names of GPU kernels, first match wins.
 KINDS = [
-    ("spmm", r"BitmapKernel|TiledCslKernel|WideKernel|ChainKernel"),
+    ("spmm", r"BitmapKernel|TiledCslKernel|WideKernel"),
     ("spmm, before and after", r"ClearFlags|Combine|Prepare"),
     ("W made dense", r"BitmapConvert|TiledCslConvert"),
     ("attention", r"AttentionKernel|cudnn|flash_fprop"),
