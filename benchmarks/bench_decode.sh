@@ -6,19 +6,15 @@ set -u
 csv=$1
 plot=${2:+--plot $2}
 decode() { jax-flashllm bench decode --csv "$csv" $plot "$@"; }
-decode --config opt-13b --sparsity 0.6 --batch 1 8 --dense
-decode --config opt-30b --sparsity 0.6 --batch 1 8 --dense
+decode --config opt-13b --sparsity 0.6 --batch 1 8 --dense --long-prompt 1024
+decode --config opt-30b --sparsity 0.6 --batch 1 8 --dense --long-prompt 1024
 decode --config opt-30b --sparsity 0.7 --batch 1 8 32 64
 decode --config opt-66b --sparsity 0.7 --batch 1 8
-decode --config opt-66b --sparsity 0.8 --batch 1 7 8 64 --dense
+decode --config opt-66b --sparsity 0.8 --batch 1 7 8 64 --dense --long-prompt 1024
 decode --config opt-175b --sparsity 0.8 --batch 1 8
 decode --config opt-175b --sparsity 0.8 --batch 32 --cache-dtype float8_e4m3fn
 decode --config opt-13b --sparsity 0.6 --batch 8 --cache-dtype float8_e4m3fn
 decode --config opt-13b --sparsity 0.6 --batch 8 --sample
-plot=
-csv=${csv%.csv}_prompts.csv
-decode --config opt-13b --sparsity 0.6 --batch 1 8 --prompt 1024 --context 1056 --dense
-decode --config opt-30b --sparsity 0.7 --batch 1 --prompt 1024 --context 1056 --dense
 here=$(dirname "$0")
 python "$here/bench_transformers.py" --config opt-13b --batch 1 8 --csv "${1%.csv}_transformers.csv"
 python "$here/bench_load.py" --dir packed-model --csv "${1%.csv}_load.csv"

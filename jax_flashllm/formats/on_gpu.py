@@ -42,6 +42,11 @@ def lies_on_gpu(dense: Any) -> TypeGuard[jax.Array]:
     )
 
 
+# How much room the last matrix took, by what it is: those of a model are alike.
+_last: dict[tuple, dict[str, int]] = {}
+_GUESSED_BYTES = 128 << 20  # of dense weights: larger ones take longer than what a guess saves
+
+
 def encode(
     dense: jax.Array,
     format: Literal["auto", "bitmap", "tiled_csl"],
@@ -58,31 +63,45 @@ def encode(
             f"encode: a shard of [{M}, {K}] in {grid} blocks may hold more than 2^35 nonzeros; "
             "raise `shards`"
         )
+    (device,) = dense.devices()
     auto = format == "auto"
     if format == "auto":
         format = "bitmap"
-    known, told = _checked(count, dense, format=format, grid=grid, step=step, nonzeros=auto)
+
+    def counted(**how):
+        check_free(_known(dense, format, grid), device)
+        return count(dense, format=format, grid=grid, step=step, **how)
+
+    def filled(sizes):
+        check_free(_new(dense, format, grid, **sizes), device)
+        return fill(known, dense, format=format, grid=grid, **sizes)
+
+    known, told = counted(nonzeros=auto)
+    # Where the room is guessed right, the GPU goes on while the host reads what it needs.
+    kind = dense.shape, dense.dtype, grid, device
+    guess = _last.get((*kind, format)) if dense.nbytes <= _GUESSED_BYTES else None
+    try:
+        new = filled(guess) if guess else []
+    except jax.errors.JaxRuntimeError:  # what is needed may still have room
+        guess, new = None, []
     read = np.asarray(told)
     if auto and smaller_format(read[S:-1].sum(dtype=np.int64) / dense.size) == "tiled_csl":
-        format = "tiled_csl"
-        known, told = _checked(count, dense, format=format, grid=grid, step=step)
+        format, guess, new = "tiled_csl", None, []
+        known, told = counted()
         read = np.asarray(told)
     units = [[VECTOR], [0]] if format == "bitmap" else [[CHUNK, VECTOR], [CHUNK // 8, VECTOR // 2]]
     width = len(units[0])
     ends = read[: S * width].astype(np.int64).reshape(S, width)
     values, index = map(int, (ends @ np.transpose(units)).max(0))
     sizes = {"capacity": allocated(values, VECTOR), "index_capacity": allocated(index, VECTOR // 2)}
-    *new, values = _checked(fill, known, dense, format=format, grid=grid, **sizes)
+    if sizes != guess:
+        new = []  # frees it
+        new = filled(sizes)
+        _last[*kind, format] = sizes
+    *index_of, stored = new
     *masks, offsets = known
     cls = Bitmap if format == "bitmap" else TiledCSL
-    return cls(offsets, values, (M, K), *masks, *new, grid=grid), int(read[-1])
-
-
-def _checked(program: Any, *operands: Any, **how: Any) -> Any:
-    """The program's results, where there is room for them."""
-    (device,) = operands[-1].devices()
-    check_free(jax.eval_shape(partial(program, **how), *operands), device)
-    return program(*operands, **how)
+    return cls(offsets, stored, (M, K), *masks, *index_of, grid=grid), int(read[-1])
 
 
 def allocated(needed: int, unit: int) -> int:
@@ -98,14 +117,7 @@ def count(dense, *, format, grid, step, nonzeros=False):
     """What is known before the values are, (masks, offsets) or (offsets,); and what the host reads:
     where each shard's offsets end; with `nonzeros` those of each band of a bitmap; and how many
     -0.0 every `step`th row has in all."""
-    S, rows, cols = _shard(dense, grid)
-    if format == "bitmap":
-        bands, tiles, blocks = bitmap.grid_of(rows, cols)
-        out = [_words(S, bands, tiles, 32), _words(S, bands * blocks + 1)]
-    else:
-        bands, blocks = tiled_csl.grid_of(rows, cols)
-        out = [_words(S, bands * blocks + 1, 2)]
-    known = _call(f"count_{format}", out, dense, grid=grid)
+    known = _call(f"count_{format}", _known(dense, format, grid), dense, grid=grid)
     told = [known[-1][:, -1].reshape(-1)]
     if nonzeros:
         told.append(lax.population_count(known[0]).sum((2, 3), dtype=jnp.uint32).reshape(-1))
@@ -117,11 +129,23 @@ def count(dense, *, format, grid, step, nonzeros=False):
 @partial(jax.jit, static_argnames=("format", "grid", "capacity", "index_capacity"))
 def fill(known, dense, *, format, grid, capacity, index_capacity):
     """[values], or [index, values] of Tiled-CSL."""
+    new = _new(dense, format, grid, capacity, index_capacity)
+    return _call(f"fill_{format}", new, *known, dense, grid=grid)
+
+
+def _known(dense, format, grid) -> list[jax.ShapeDtypeStruct]:
+    S, rows, cols = _shard(dense, grid)
+    if format == "bitmap":
+        bands, tiles, blocks = bitmap.grid_of(rows, cols)
+        return [_words(S, bands, tiles, 32), _words(S, bands * blocks + 1)]
+    bands, blocks = tiled_csl.grid_of(rows, cols)
+    return [_words(S, bands * blocks + 1, 2)]
+
+
+def _new(dense, format, grid, capacity, index_capacity) -> list[jax.ShapeDtypeStruct]:
     S, *_ = _shard(dense, grid)
-    out = [jax.ShapeDtypeStruct((S, capacity), dense.dtype)]
-    if format == "tiled_csl":
-        out = [_words(S, index_capacity), *out]
-    return _call(f"fill_{format}", out, *known, dense, grid=grid)
+    values = jax.ShapeDtypeStruct((S, capacity), dense.dtype)
+    return [values] if format == "bitmap" else [_words(S, index_capacity), values]
 
 
 def _call(target: str, out: Any, *operands: jax.Array, grid: tuple[int, int]) -> Any:

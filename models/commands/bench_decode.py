@@ -40,7 +40,7 @@ READ_BYTES = 2 << 30
 
 # Names of GPU kernels, first match wins.
 KINDS = [
-    ("spmm", r"BitmapKernel|TiledCslKernel|WideKernel|ChainKernel"),
+    ("spmm", r"BitmapKernel|TiledCslKernel|WideKernel"),
     ("spmm, before and after", r"ClearFlags|Combine|Prepare"),
     ("W made dense", r"BitmapConvert|TiledCslConvert"),
     ("attention", r"AttentionKernel|cudnn|flash_fprop"),
@@ -66,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", type=number(int, 1), default=64, metavar="N", help="of them (default 64)"
     )
+    parser.add_argument(
+        "--long-prompt", type=number(int, 1), metavar="N",
+        help="time one prompt of N tokens too, with the first of --batch",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument(
         "--cache-dtype", choices=("float16", "bfloat16", "float8_e4m3fn"), help="default --dtype"
@@ -120,6 +124,9 @@ class Result:
     compile_decode_s: float
     kinds: str  # microseconds a step by kind of kernel
     prompt_kinds: str  # microseconds of the prompt
+    long_prompt: int | None  # tokens of one row
+    long_prompt_ms: float | None
+    long_prompt_kinds: str
 
 
 def run(args: argparse.Namespace) -> None:
@@ -130,11 +137,12 @@ def run(args: argparse.Namespace) -> None:
         )
     overrides = {} if args.layers is None else {"num_hidden_layers": args.layers}
     config = OPTConfig.preset(args.config, **overrides)
-    if args.context > config.max_position_embeddings:
-        raise ValueError(
-            f"--context is {args.context}, but {args.config} has "
-            f"{config.max_position_embeddings} positions; pass that at most"
-        )
+    for option, tokens in (("--context", args.context), ("--long-prompt", args.long_prompt or 0)):
+        if tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"{option} is {tokens}, but {args.config} has "
+                f"{config.max_position_embeddings} positions; pass that at most"
+            )
     common.use_all_memory()
     common.cache_compilations()
     import jax
@@ -247,6 +255,11 @@ class _Runner:
         self.draws = sampling, uniforms
         first = None if uniforms is None else uniforms[0]
         self.operands = (self.weights, ids, np.ones_like(ids), self.ends, sampling, first)
+        self.long_operands = None
+        if args.long_prompt and batch == args.batch[0]:
+            ids = random.integers(0, config.vocab_size, (1, args.long_prompt)).astype(np.int32)
+            first = None if first is None else first[:1]
+            self.long_operands = (self.weights, ids, np.ones_like(ids), self.ends, sampling, first)
 
         def compiled(lower: Callable[[], Any]) -> tuple[Any, float]:
             begin = time.perf_counter()
@@ -260,18 +273,22 @@ class _Runner:
                 lambda: programs.lower_decode(self.weights, batch, self.slots, self.ends, sampling),
             ),
         ]
+        if (long := self.long_operands) is not None:
+            lower = programs.prefill.lower
+            self.programs.append(pool.submit(compiled, lambda: lower(*long, args.long_prompt)))
 
     def wait(self) -> None:
-        (self.prefill, self.prefill_s), (self.decode, self.decode_s) = (
+        (self.prefill, self.prefill_s), (self.decode, self.decode_s), *long = (
             program.result() for program in self.programs
         )
+        self.long_prefill = long[0][0] if long else None
 
-    def prompt(self) -> tuple[Any, float, dict[str, float]]:
+    def prompt(self, prefill: Any, operands: tuple) -> tuple[Any, float, dict[str, float]]:
         """The state after a prompt, the median seconds of it, and microseconds by kind."""
         import jax
 
         def run() -> Any:
-            return jax.block_until_ready(self.prefill(*self.operands))
+            return jax.block_until_ready(prefill(*operands))
 
         run()  # warms up
         kinds, _ = profile(run, 1)
@@ -310,7 +327,10 @@ class _Runner:
 
         args, config, batch = self.args, self.config, self.batch
         device = jax.devices()[0]
-        state, prefill_s, prompt_kinds = self.prompt()
+        long_s, long_kinds = None, {}
+        if self.long_operands is not None:
+            _, long_s, long_kinds = self.prompt(self.long_prefill, self.long_operands)
+        state, prefill_s, prompt_kinds = self.prompt(self.prefill, self.operands)
         # Zeros can be read faster than numbers: slots that later tokens fill get random ones now.
         keys = iter(jax.random.split(jax.random.key(1, impl="rbg"), 2 * config.num_hidden_layers))
         filled = dataclasses.replace(
@@ -369,6 +389,9 @@ class _Runner:
             build_s=round(build, 2), compile_prefill_s=round(self.prefill_s, 2),
             compile_decode_s=round(self.decode_s, 2),
             kinds=_sums(kinds), prompt_kinds=_sums(prompt_kinds),
+            long_prompt=None if long_s is None else args.long_prompt,
+            long_prompt_ms=None if long_s is None else round(1e3 * long_s, 3),
+            long_prompt_kinds=_sums(long_kinds),
         )  # fmt: skip
 
 
@@ -486,6 +509,9 @@ def describe(r: Result) -> str:
     if r.kinds:
         lines.append(f"  us a step: {r.kinds}")
         lines.append(f"  us of the prompt: {r.prompt_kinds}")
+    if r.long_prompt is not None:
+        lines.append(f"  one prompt of {r.long_prompt} tokens: {r.long_prompt_ms:.1f} ms")
+        lines.append(f"  us of it: {r.long_prompt_kinds}")
     return "\n".join(lines)
 
 

@@ -5,7 +5,9 @@
 With most of the memory taken each of them must raise an error that says what ran out, how much and
 what to do; with the memory given back the same call must work, and leave as much in use as before.
 Each case is a process of its own with 2% of the GPU, all at once: XLA waits for ten seconds before
-it gives up an allocation.
+it gives up an allocation. "refused by XLA" is without this package's own sums beforehand. Not
+shown: a call with several results, where XLA has room for the first ones only. It keeps those (jax
+0.11.2), so that the sums beforehand are there to keep such calls away.
 """
 
 import contextlib
@@ -95,7 +97,7 @@ def run(case: str) -> None:
         exhausts(
             case,
             lambda: jax.block_until_ready(jf.encode(dense, format)),
-            2 << 20,
+            5 << 20,  # the masks fit
             "encode: no room",
         )
         return
@@ -111,8 +113,7 @@ def run(case: str) -> None:
 
 CASES = ["encode of the host's to bitmap", "encode on the device to bitmap",
          "encode on the device to tiled_csl", "encode on the device to bitmap, refused by XLA",
-         "encode on the device to tiled_csl, refused by XLA", "load", "load, refused by XLA",
-         "generate", "generate, refused by XLA"]  # fmt: skip
+         "load", "load, refused by XLA", "generate", "generate, refused by XLA"]  # fmt: skip
 
 
 def main() -> None:
