@@ -5,14 +5,9 @@
 //   values, masks   HBM ==bulk copies==> rings of shared memory a warp     (bitmap_stream.cuh)
 //   x               L2  ==bulk copies==> a block's four tiles a CTA         (PrepareWide)
 //
-//   a tile is four steps of 16 columns: eight predicated loads, four packs, a wgmma on all tokens
-//
-//   loads    step 2        step 3        scan, wait for values | next tile's 0, 1
-//   packs        0             1             2             3                        0
-//   wgmma          0 ======>     1 ======>     2 ======>     3 ======>                0 ======>
-//
-// A step's wgmma runs on while later ones are loaded: three more before its registers are needed.
-// For 64 tokens a tile's loads, its four wgmma, and, while those run, the next tile's scan.
+//   tile            | 32 predicated loads = A | 4 wgmma on all tokens, started | scan of the next |
+//                   | tile | done: its x is free | the next tile's values there? else wait        |
+//   early           | 4 wgmma | loads of the next tile | scan of the one after | done | packs ... |
 //
 // From 129 tokens on a strip belongs to a cluster of two CTAs, each with half of the bands: each
 // fetches half of x for both.
@@ -25,30 +20,30 @@
 namespace flashllm::cuda {
 namespace {
 
+class ShuffleScan;
+
 // Warps of a CTA that compute, their registers beside the 32 of the warps that load, CTAs that
-// share a strip and its x, and whether wgmma runs on from step to step (kSteps) or a tile's four
-// are started and awaited together, which 64 tokens measure faster with.
+// share a strip and its x, how runs are found, and whether the next tile's values are loaded while
+// the tensor cores have this one's, which takes 32 registers.
 template <int kTokens>
 struct Shape;
 template <>
-struct Shape<32> {
-  [[maybe_unused]] static constexpr int kWarps = 16, kRegisters = 112, kCluster = 1;
-  [[maybe_unused]] static constexpr bool kSteps = true;
-};
-template <>
 struct Shape<64> {
   [[maybe_unused]] static constexpr int kWarps = 16, kRegisters = 112, kCluster = 1;
-  [[maybe_unused]] static constexpr bool kSteps = false;
+  [[maybe_unused]] static constexpr bool kEarly = false;
+  using Scan = RunScan;
 };
 template <>
 struct Shape<128> {
   [[maybe_unused]] static constexpr int kWarps = 12, kRegisters = 160, kCluster = 1;
-  [[maybe_unused]] static constexpr bool kSteps = true;
+  [[maybe_unused]] static constexpr bool kEarly = true;
+  using Scan = ShuffleScan;
 };
 template <>
 struct Shape<256> {
   [[maybe_unused]] static constexpr int kWarps = 8, kRegisters = 232, kCluster = 2;
-  [[maybe_unused]] static constexpr bool kSteps = true;
+  [[maybe_unused]] static constexpr bool kEarly = true;
+  using Scan = ShuffleScan;
 };
 
 constexpr int kXStages = kBlockTiles;  // a block's tile j lies in stage j
@@ -69,11 +64,41 @@ size_t SharedBytes(int warps) {
 
 // ---- unpack ----
 
-// Two halves a register of a fragment, which hold a step's bits 0 1, 4 5, 2 3, 6 7.
-__device__ constexpr int HalfOfBit(int bit) { return (bit & 1) | (bit & 2) << 1 | (bit & 4) >> 1; }
+// As RunScan, by one byte-packed prefix sum: for kernels whose tensor cores have enough to do.
+class ShuffleScan {
+ public:
+  __device__ __forceinline__ explicit ShuffleScan(int) {}
+
+  __device__ __forceinline__ void Tile(const Word& word, const Starts& tile, Starts& runs,
+                                       Starts& end) const {
+    const uint32_t mask = word.a[0];
+    uint32_t count = mask - (mask >> 1 & 0x55555555u);
+    count = (count & 0x33333333u) + (count >> 2 & 0x33333333u);
+    count = (count + (count >> 4)) & 0x0f0f0f0fu;
+    // Before this lane: at most 31 * 8 a byte.
+    uint32_t before = ptx::AddFromLower<1>(0, count);
+    before = ptx::AddFromLower<1>(before, before);
+    before = ptx::AddFromLower<2>(before, before);
+    before = ptx::AddFromLower<4>(before, before);
+    before = ptx::AddFromLower<8>(before, before);
+    before = ptx::AddFromLower<16>(before, before);
+    const uint32_t b = __shfl_sync(~0u, before, 31), c = __shfl_sync(~0u, count, 31);
+    const uint32_t even = (b & 0xff00ffu) + (c & 0xff00ffu);
+    const uint32_t odd = (b >> 8 & 0xff00ffu) + (c >> 8 & 0xff00ffu);
+    const uint32_t both = even + odd, half = both & 0xffffu;
+    const int start = tile[0];
+    runs[0] = start + 2 * int(before & 0xff);
+    runs[2] = start + 2 * int((even & 0xffff) + (before >> 8 & 0xff));
+    runs[1] = start + 2 * int(half + (before >> 16 & 0xff));
+    runs[3] = start + 2 * int(half + (even >> 16) + (before >> 24));
+    end[0] = end[1] = end[2] = end[3] = start + 2 * int(half + (both >> 16));
+  }
+};
 
 template <int kStep>
 __device__ __forceinline__ void WalkHalves(uint32_t mask, uint32_t run, uint32_t* h) {
+  // Bits of a step in order of a fragment's registers: 0 1, 4 5, 2 3, 6 7.
+  constexpr int to[8] = {0, 1, 4, 5, 2, 3, 6, 7};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     uint32_t v = 0;
@@ -81,28 +106,9 @@ __device__ __forceinline__ void WalkHalves(uint32_t mask, uint32_t run, uint32_t
       v = ptx::LoadShared16(run);
       run += 2;
     }
-    h[HalfOfBit(i)] = v;
+    h[to[i]] = v;
   }
 }
-
-// The first of a pair starts the pair's run, the second ends it.
-template <int kStep>
-__device__ __forceinline__ void PairHalves(uint32_t mask, const Starts (&pairs)[5],
-                                           uint32_t (&h)[8]) {
-  constexpr int s = kStartOfStep[kStep], kBit = 8 * kStep;
-#pragma unroll
-  for (int p = 0; p < 4; ++p) {
-    uint32_t lo = 0, hi = 0;
-    if (mask & (1u << (kBit + 2 * p))) lo = ptx::LoadShared16(pairs[p][s]);
-    if (mask & (2u << (kBit + 2 * p))) hi = ptx::LoadShared16(pairs[p + 1][s] - 2);
-    h[HalfOfBit(2 * p)] = lo, h[HalfOfBit(2 * p + 1)] = hi;
-  }
-}
-
-template <int k>
-struct Int {
-  static constexpr int value = k;
-};
 
 // ---- epilogue ----
 
@@ -227,6 +233,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = Shape<kTokens>;
   constexpr int kN8 = kTokens / 8;
+  constexpr bool kEarly = S::kEarly;
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = ptx::Keep(threadIdx.x & 31);
   const int rank = S::kCluster > 1 ? ptx::ClusterRank() : 0;
@@ -273,13 +280,12 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
   const uint32_t mask_empty = control + kMaskEmpty + warp * kMaskStages * 8;
   const uint64_t x_descriptor = ptx::Descriptor(x_ring);
   const uint32_t mask_lane = ptx::Keep(mask_ring + lane * 4);
-  const RunScan scan(lane);
+  const typename S::Scan scan(lane);
 
-  uint32_t fragments[4][4], halves[2][8];  // of steps; of those that are being loaded
-  Starts runs, pairs[5], tile = {};        // of the next tile; of this one; where that starts
+  uint32_t fragments[4][4];
+  Starts runs, tile = {};  // the next tile
 
-  // Waits for the values of the tile whose runs these are. `tile` is its end. All values of the
-  // tile before it have been loaded: their room may be given back.
+  // Waits for the values of the tile whose runs these are. `tile` is its end.
   auto await = [&] {
     while (__any_sync(~0u, int(tile[0] - stream.ready) > 0)) {
       if (stream.ready == stream.limit) {  // masks that lie
@@ -294,32 +300,18 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
       }
     }
   };
-  auto spread = [&](const Word& mask) {
-#pragma unroll
-    for (int s = 0; s < 4; ++s) pairs[0][s] = runs[s];
-    scan.Pair<1>(mask, runs, pairs[1]);
-    scan.Pair<2>(mask, runs, pairs[2]);
-    scan.Pair<3>(mask, runs, pairs[3]);
-    scan.Pair<4>(mask, runs, pairs[4]);
+  // Two halves a register of a fragment: loads, and packs.
+  uint32_t halves[32];
+  auto take = [&](const Word& mask) {
+    WalkHalves<0>(mask.a[0], runs[kStartOfStep[0]], halves);
+    WalkHalves<1>(mask.a[0], runs[kStartOfStep[1]], halves + 8);
+    WalkHalves<2>(mask.a[0], runs[kStartOfStep[2]], halves + 16);
+    WalkHalves<3>(mask.a[0], runs[kStartOfStep[3]], halves + 24);
   };
-  auto load = [&](const Word& mask, auto step) {
-    constexpr int kStep = decltype(step)::value;
-    PairHalves<kStep>(mask.a[0], pairs, halves[kStep % 2]);
-  };
-  uint32_t tile_halves[32];
-  auto walk = [&](const Word& mask) {
-    WalkHalves<0>(mask.a[0], runs[kStartOfStep[0]], tile_halves);
-    WalkHalves<1>(mask.a[0], runs[kStartOfStep[1]], tile_halves + 8);
-    WalkHalves<2>(mask.a[0], runs[kStartOfStep[2]], tile_halves + 16);
-    WalkHalves<3>(mask.a[0], runs[kStartOfStep[3]], tile_halves + 24);
+  auto pack = [&] {
 #pragma unroll
     for (int f = 0; f < 16; ++f)
-      fragments[f / 4][f % 4] = ptx::PackHalves(tile_halves[2 * f], tile_halves[2 * f + 1]);
-  };
-  auto pack = [&](int step) {
-    const uint32_t (&h)[8] = halves[step % 2];
-#pragma unroll
-    for (int f = 0; f < 4; ++f) fragments[step][f] = ptx::PackHalves(h[2 * f], h[2 * f + 1]);
+      fragments[f / 4][f % 4] = ptx::PackHalves(halves[2 * f], halves[2 * f + 1]);
   };
 
   const uint32_t* offset = nullptr;  // of the current block's end
@@ -356,19 +348,13 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
   uint32_t next_mask = ptx::LoadShared32(masks_next + 128);
   scan.Tile(mask, tile, runs, tile);
   await();
-  if constexpr (S::kSteps) {
-    spread(mask);
-    load(mask, Int<0>());
-    load(mask, Int<1>());
+  if constexpr (kEarly) {
+    take(mask);
+    pack();
+    mask = Word(next_mask);
+    scan.Tile(mask, tile, runs, tile);
+    await();
   }
-  auto release = [&](int tile_of_x) {
-    const uint32_t empty = control + kXEmpty + tile_of_x * 8;
-    if constexpr (S::kCluster > 1) {
-      if (lane < S::kCluster) ptx::BarrierArriveAt(empty, lane);
-    } else {
-      if (lane == 0) ptx::BarrierArrive(empty);
-    }
-  };
 
   int i = 0, strip = strip0, begin = block0;
   while (i < count) {
@@ -394,7 +380,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
         uint32_t after = 0;  // the mask two tiles on; none behind the last
         if (j < 2)
           after = ptx::LoadShared32(masks_here + (j + 2) * 128);
-        else if (!S::kSteps || i + 1 < count)
+        else if (!kEarly || i + 1 < count)
           after = ptx::LoadShared32(masks_next + (j - 2) * 128);
         if (j == 1) block_end = __ldg(offset++);
         // The next block's first tile is about to be scanned.
@@ -404,7 +390,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
             if (i + 1 < count) {
               tile[0] = enter(0);
               look(count - i - 1 - min(count - i - 1, a.blocks));
-            } else if (S::kSteps) {
+            } else if (kEarly) {
               tile[0] = stream.limit;
             }
           } else {
@@ -414,67 +400,46 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
           }
           tile[1] = tile[2] = tile[3] = tile[0];
         };
-
-        if constexpr (!S::kSteps) {
-          walk(mask);
+        if constexpr (!kEarly) {
+          take(mask);
+          pack();
           if (j == kBlockTiles - 1) enter_block();
-          ptx::BarrierWait(control + kXFull + j * 8, i & 1);
-          const uint64_t b = x_descriptor + j * (XStageBytes<kTokens>() >> 4);
-          ptx::NamedBarrier(1 + warp / 4, 128);
-          ptx::WgmmaFence();
-#pragma unroll
-          for (int s = 0; s < 4; ++s) ptx::Wgmma<kBf16>(acc, fragments[s], b + 2 * s);
-          ptx::WgmmaCommit();
-          __syncwarp();
-          mask = Word(next_mask);
-          scan.Tile(mask, tile, runs, tile);
-          next_mask = after;
-          ptx::WgmmaWait(acc);
-          release(j);
-          if (j < kBlockTiles - 1 || i + 1 < count) await();
-          continue;
         }
 
-        // ---- this tile's steps ----
-        const Word next(next_mask);
+        // ---- mma ----
         ptx::BarrierWait(control + kXFull + j * 8, i & 1);
         const uint64_t b = x_descriptor + j * (XStageBytes<kTokens>() >> 4);
         // Together, or each warp reads x for itself.
         ptx::NamedBarrier(1 + warp / 4, 128);
-        auto multiply = [&](int step) {
-          pack(step);
-          ptx::WgmmaFence();
-          ptx::Wgmma<kBf16>(acc, fragments[step], b + 2 * step);
-          ptx::WgmmaCommit();
-          __syncwarp();  // or the compiler starts them last
-          ptx::WgmmaWaitAllBut<3>();
-        };
-        multiply(0);
-        load(mask, Int<2>());
-        multiply(1);
-        load(mask, Int<3>());
-        multiply(2);
-        if (j > 0 || i > first) release((j + kXStages - 1) % kXStages);
-        if (j < kBlockTiles - 1) scan.Tile(next, tile, runs, tile);
-        multiply(3);
+        ptx::WgmmaFence();
+#pragma unroll
+        for (int s = 0; s < 4; ++s) ptx::Wgmma<kBf16>(acc, fragments[s], b + 2 * s);
+        ptx::WgmmaCommit();
+        __syncwarp();  // or the compiler starts them last
 
-        // ---- the next tile ----
-        // No loop that waits may lie between two steps of a tile (C7513).
-        if (j == kBlockTiles - 1) {
-          enter_block();
-          scan.Tile(next, tile, runs, tile);
+        // ---- in its shadow ----
+        if constexpr (kEarly) {
+          take(mask);
+          mask = Word(after);
+          if (j != 2) scan.Tile(mask, tile, runs, tile);
+        } else {
+          mask = Word(next_mask);
+          scan.Tile(mask, tile, runs, tile);
+          next_mask = after;
         }
-        await();
-        mask = next;
-        next_mask = after;
-        spread(mask);
-        load(mask, Int<0>());
-        load(mask, Int<1>());
+        ptx::WgmmaWait(acc);
+        if constexpr (kEarly) pack();
+        if constexpr (S::kCluster > 1) {
+          if (lane < S::kCluster) ptx::BarrierArriveAt(control + kXEmpty + j * 8, lane);
+        } else {
+          if (lane == 0) ptx::BarrierArrive(control + kXEmpty + j * 8);
+        }
+        if (kEarly && j == 2) {
+          enter_block();
+          scan.Tile(mask, tile, runs, tile);
+        }
+        if (kEarly || j < kBlockTiles - 1 || i + 1 < count) await();
       }
-    }
-    if constexpr (S::kSteps) {
-      ptx::WgmmaWait(acc);
-      release(kXStages - 1);
     }
     Finish(a, cta, strip, begin == 0, begin + end - first == a.blocks, place, lane, buffer, acc);
     ++strip;
@@ -490,9 +455,8 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
 
 template <typename F>
 cudaError_t ForEachKernel(F f) {
-  for (auto kernel : {WideKernel<false, 32>, WideKernel<true, 32>, WideKernel<false, 64>,
-                      WideKernel<true, 64>, WideKernel<false, 128>, WideKernel<true, 128>,
-                      WideKernel<false, 256>, WideKernel<true, 256>})
+  for (auto kernel : {WideKernel<false, 64>, WideKernel<true, 64>, WideKernel<false, 128>,
+                      WideKernel<true, 128>, WideKernel<false, 256>, WideKernel<true, 256>})
     if (cudaError_t e = f(kernel)) return e;
   return cudaSuccess;
 }
@@ -523,8 +487,6 @@ cudaError_t InitializeBitmapWide() {
 
 cudaError_t BitmapWide(cudaStream_t stream, const Args& a, bool bf16) {
   switch (a.group) {
-    case 32:
-      return LaunchWide<32>(stream, a, bf16);
     case 64:
       return LaunchWide<64>(stream, a, bf16);
     case 128:
