@@ -59,7 +59,7 @@ def chain(
     epsilon: of the LayerNorms, whose statistics are float32.
     Returns h [..., H] and x [..., M of the last stage] in that dtype.
 
-    One call on a CUDA device, for up to 64 tokens, where h, x and all W have one 16-bit dtype, W
+    One call on a CUDA device, for up to 32 tokens, where h, x and all W have one 16-bit dtype, W
     are one block each with K a multiple of 64, and where to `add` H is a multiple of 8 up to 16384,
     without activation. Otherwise, and for derivatives, it is what the stages' `spmm` and LayerNorms
     give one by one; so are stacked weights under vmap, and everything on a mesh. Results agree but
@@ -144,7 +144,7 @@ def _supports(x, h, stages: Sequence[Stage]) -> bool:
         ours = s.weight.dtype == x.dtype and s.weight.shards == 1 and k % 64 == 0
         return ours and not (s.add and (s.activation or m % 8 or m > _MOST_FEATURES))
 
-    return 1 <= math.prod(h.shape[:-1]) <= plan.MAX_GROUP and all(map(fits, stages))
+    return 1 <= math.prod(h.shape[:-1]) <= plan.CHAIN_TOKENS and all(map(fits, stages))
 
 
 def _call(out, *operands, **attributes):

@@ -20,6 +20,7 @@ _DEFAULT_CORES = 132  # H100: for lowering where there is no GPU
 _WARP_ROWS = {"bitmap": 16, "tiled_csl": 64}
 _UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 MAX_GROUP = 64
+CHAIN_TOKENS = 32  # from 33 on products with wgmma, which chains lack, gain more
 # From so many tokens in W's dtype on, eight passes over W, decoding it once is sure to cost less
 # (docs/kernels.md): passes of 64 tokens, and those of the wide kernel.
 DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 2048
@@ -198,12 +199,12 @@ def _wide(bands: int, blocks: int, tokens: int, dev: Device) -> Plan:
 def chain(
     weights: Sequence[tuple[str, tuple[int, int]]], tokens: int, dev: Device
 ) -> tuple[list[Plan], int]:
-    """Plans the products of a chain, for 1 to 64 tokens, and the bytes of its workspace.
+    """Plans the products of a chain, for 1 to 32 tokens, and the bytes of its workspace.
 
     weights: format and [M, K] of each W, which is one block. The workspace is two products'
     results, which take turns, and then each product's own.
     """
-    dev = dataclasses.replace(dev, wgmma=False)  # csrc/cuda/chain.h: mma alone
+    dev = dataclasses.replace(dev, wgmma=False)  # csrc/cuda/handlers.cc: mma alone
     plans = [
         choose(format, m, 1, k, tokens, 1, dev, _cut(format, m, 1, k, dev))
         for format, (m, k) in weights

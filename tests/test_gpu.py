@@ -614,13 +614,13 @@ def test_inf_and_nan_stay_in_their_token():
 @pytest.mark.parametrize("formats", MIXED[:3], ids=str)
 def test_a_chain_gives_the_same_bits_every_time_and_in_every_batch(formats):
     stages = _encoded(_row(1024, 4096, np.float16), formats)
-    x, h = _normals((64, 1024), np.float16), _normals((64, 1024), np.float16, seed=2)
+    x, h = _normals((32, 1024), np.float16), _normals((32, 1024), np.float16, seed=2)
     first = [bits(a) for a in _chain(x, h, stages)]
     run = jax.jit(chain)
     for _ in range(100):
         for a, b in zip(run(jnp.asarray(x), jnp.asarray(h), stages), first, strict=True):
             np.testing.assert_array_equal(bits(a), b)
-    for n in (1, 3, 8, 9, 16, 17, 32, 33):
+    for n in (1, 3, 8, 9, 16, 17, 31):
         for a, b in zip(_chain(x[:n], h[:n], stages), first, strict=True):
             np.testing.assert_array_equal(bits(a), b[:n], err_msg=f"{n=}")
 
