@@ -481,8 +481,9 @@ def load(
     values are exact in 16 bits; no value is rounded that `dtype` did not ask to round. bfloat16
     matrices that meet float32 activations become SparseDense too, full or not: it is faster.
     Memory: the weights once, and one matrix on its way; on a mesh the host holds that matrix only.
-    Raises ValueError (CheckpointError among them) for files, configs and tensors that do not fit
-    together, naming the tensor.
+    Raises CheckpointError, a ValueError, for files, configs and tensors that do not fit together,
+    naming the tensor; ValueError for what does not fit the device, and for values that `dtype` has
+    no room for.
     """
     from jax_flashllm.models import weights
 
