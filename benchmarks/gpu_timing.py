@@ -190,10 +190,12 @@ def plan_for(w: Weight, n: int, token_dtype, warps: int = 16):
     dev = planning.Device(
         torch.cuda.get_device_properties(0).multi_processor_count,
         warps,
+        name=torch.cuda.get_device_name(0),
         wgmma=torch.cuda.get_device_capability(0) == (9, 0),
     )
     n_terms = 1 if token_dtype == w.dtype else 3 if token_dtype == torch.float32 else 2
-    return planning.choose(w.format, w.shape[0], 1, w.shape[1], n, n_terms, dev)
+    what = w.format, w.shape[0], 1, w.shape[1]
+    return planning.choose(*what, n, n_terms, dev, planning.cut_for(*what, dev))
 
 
 def reference(x, dense) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,15 +105,15 @@ def _units(format: str, rows: int, shards: int, k: int, warps: int) -> tuple[int
 
 def model(format: str, rows: int, shards: int, k: int, dev: Device) -> Cut:
     """The cut of a shape that nobody measured."""
-    units = {w: _units(format, rows, shards, k, w)[1] for w in range(1, dev.warps + 1)}
     if format == "tiled_csl":
         # A unit takes about 8 + warps: the more warps, the less of its latency shows.
-        warps = min(range(dev.csl_teams, 0, -1), key=lambda w: _ceil(units[w], dev.cores) * (8 + w))
+        widths, unit, start = range(dev.csl_teams, 0, -1), 8, 0
     else:
-        # Narrower CTAs only where wide ones would leave multiprocessors without work.
-        warps = dev.warps
-        while warps > 4 and units[warps] < 2 * dev.cores:
-            warps //= 2
+        # As measured on an H100 (docs/every-shape.md): a unit takes 20 + warps, and the start of a
+        # CTA 12 a warp, whose first loads all others wait for.
+        widths, unit, start = (_ceil(dev.warps * i, 4) for i in (4, 3, 2, 1)), 20, 12
+    units = {w: _units(format, rows, shards, k, w)[1] for w in widths}
+    warps = min(units, key=lambda w: _ceil(units[w], dev.cores) * (unit + w) + start * w)
     return Cut(warps, min(units[warps], dev.cores))
 
 
@@ -206,22 +206,34 @@ def chain(
     """
     dev = dataclasses.replace(dev, wgmma=False)  # csrc/cuda/handlers.cc: mma alone
     plans = [
-        choose(format, m, 1, k, tokens, 1, dev, _cut(format, m, 1, k, dev))
+        choose(format, m, 1, k, tokens, 1, dev, cut_for(format, m, 1, k, dev))
         for format, (m, k) in weights
     ]
     result = _align(tokens * max(m for _, (m, _) in weights) * 2)
     return plans, 2 * result + sum(_align(p.workspace) for p in plans)
 
 
+# Cuts 3% faster or more than the model's (benchmarks/cuts.py), by GPU, format, M and K; one shard.
+_MEASURED = {
+    "NVIDIA H100 80GB HBM3": {
+        ("bitmap", 3072, 1024): Cut(4, 192),  # 0.82
+        ("bitmap", 2048, 2048): Cut(4, 256),  # 0.94
+        ("bitmap", 2560, 2560): Cut(8, 132),  # 0.95
+        ("bitmap", 6144, 2048): Cut(12, 132),  # 0.96
+        ("bitmap", 5120, 13824): Cut(12, 132),  # 0.97
+    }
+}
 # What `tune` has kept. tuning.py, which multiplies and so lies above this, puts its lookup here.
 tuned: Callable[[str, int, int, int, Device], Cut | None] | None = None
 
 
-def _cut(format: str, rows: int, shards: int, k: int, dev: Device) -> Cut | None:
+def cut_for(format: str, rows: int, shards: int, k: int, dev: Device) -> Cut | None:
     """The cut to take instead of the model's."""
     if _forced:
         return _forced[-1]
     cut = tuned(format, rows, shards, k, dev) if tuned is not None else None
+    if cut is None and shards == 1:
+        cut = _MEASURED.get(dev.name, {}).get((format, rows, k))
     return cut if cut in cuts(format, rows, shards, k, dev) else None
 
 
@@ -235,7 +247,7 @@ def spmm(call, *args, format, shape, activation):
     tokens = math.prod(x.shape[:-1])
     n_terms = terms(values.dtype, x.dtype)
     dev = device()
-    cut = _cut(format, rows, shards, shape[1], dev)
+    cut = cut_for(format, rows, shards, shape[1], dev)
     plan = choose(format, rows, shards, shape[1], tokens, n_terms, dev, cut)
     if n_terms == 1 and tokens >= (WIDE_DENSE_TOKENS if plan.wide else DENSE_TOKENS):
         return _decoded(call, *args, format=format, shape=shape, activation=activation)

@@ -21,7 +21,7 @@ from reference import (
 )
 
 import jax_flashllm
-from jax_flashllm import _flashllm
+from jax_flashllm import _flashllm, plan
 from jax_flashllm.chain import Stage, chain
 from jax_flashllm.formats import encode_on_host, on_gpu
 from jax_flashllm.models import attention, opt, synthetic
@@ -113,6 +113,21 @@ def test_ragged_shapes(at):
         np.testing.assert_array_equal(y, ref, err_msg=info)
         x = _normals((n, k), token, seed=i)
         assert_product(_multiply(jax_flashllm.encode(rounded, format), x), x, rounded)
+
+
+@pytest.mark.parametrize("shape", [(1000, 1100), (5000, 1500)], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_cut_is_exact(format, shape):
+    """What the model, its table or `tune` may choose."""
+    dense = sparse_matrix(shape, np.float16, 0.4, integers=True)
+    w = jax_flashllm.encode(dense, format)
+    cuts = plan.cuts(format, shape[0], 1, shape[1], plan.device())
+    for cut, n in itertools.product(cuts, (8, 40)):
+        x = _integers((n, shape[1]), np.float16)
+        with plan.forced(cut):
+            y = jax.jit(lambda w, x: jax_flashllm.spmm(w, x))(w, x)
+        ref = dense_product(x, dense).astype(np.float16)
+        np.testing.assert_array_equal(np.asarray(y), ref, err_msg=f"{cut}, {n=}")
 
 
 @pytest.mark.parametrize("n", [0, 1000, 16384])

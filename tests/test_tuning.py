@@ -59,6 +59,19 @@ def test_every_cut_makes_a_sound_plan(shape, format):
                 assert p == plan.choose(format, m, 1, k, tokens, terms, H100)
 
 
+def test_measured_cuts_take_the_models_place_and_tuned_ones_theirs():
+    for name, table in plan._MEASURED.items():
+        gpu = plan.Device(cores=132, warps=16, name=name)
+        for (format, m, k), cut in table.items():
+            choices = plan.cuts(format, m, 1, k, gpu)
+            assert cut in choices[1:]  # the first is the model's
+            assert plan.cut_for(format, m, 1, k, gpu) == cut
+            assert plan.cut_for(format, m, 2, k, gpu) is None
+            tuned = next(c for c in choices if c != cut)
+            tuning._keep(name, tuning._key(format, m, 1, k), tuned)
+            assert plan.cut_for(format, m, 1, k, gpu) == tuned
+
+
 # ---- the file ----
 
 
