@@ -52,6 +52,9 @@ def means(rows: list[dict]) -> None:
             cells = []
             for n in tokens:
                 case = [r for r in counted if (r["N"], r["sparsity"]) == (n, sparsity)]
+                if not case:
+                    cells.append("")
+                    continue
                 faster = statistics.geometric_mean(r["vs_cublas"] for r in case)
                 of_roof = statistics.geometric_mean(r["roof_ms"] / r["median_ms"] for r in case)
                 cells.append(f"{faster:.2f}; {of_roof:.2f}")

@@ -42,11 +42,6 @@ def lies_on_gpu(dense: Any) -> TypeGuard[jax.Array]:
     )
 
 
-# How much room the last matrix took, by what it is: those of a model are alike.
-_last: dict[tuple, dict[str, int]] = {}
-_GUESSED_BYTES = 128 << 20  # of dense weights: larger ones take longer than what a guess saves
-
-
 def encode(
     dense: jax.Array,
     format: Literal["auto", "bitmap", "tiled_csl"],
@@ -72,21 +67,10 @@ def encode(
         check_free(_known(dense, format, grid), device)
         return count(dense, format=format, grid=grid, step=step, **how)
 
-    def filled(sizes):
-        check_free(_new(dense, format, grid, **sizes), device)
-        return fill(known, dense, format=format, grid=grid, **sizes)
-
     known, told = counted(nonzeros=auto)
-    # Where the room is guessed right, the GPU goes on while the host reads what it needs.
-    kind = dense.shape, dense.dtype, grid, device
-    guess = _last.get((*kind, format)) if dense.nbytes <= _GUESSED_BYTES else None
-    try:
-        new = filled(guess) if guess else []
-    except jax.errors.JaxRuntimeError:  # what is needed may still have room
-        guess, new = None, []
     read = np.asarray(told)
     if auto and smaller_format(read[S:-1].sum(dtype=np.int64) / dense.size) == "tiled_csl":
-        format, guess, new = "tiled_csl", None, []
+        format = "tiled_csl"
         known, told = counted()
         read = np.asarray(told)
     units = [[VECTOR], [0]] if format == "bitmap" else [[CHUNK, VECTOR], [CHUNK // 8, VECTOR // 2]]
@@ -94,11 +78,8 @@ def encode(
     ends = read[: S * width].astype(np.int64).reshape(S, width)
     values, index = map(int, (ends @ np.transpose(units)).max(0))
     sizes = {"capacity": allocated(values, VECTOR), "index_capacity": allocated(index, VECTOR // 2)}
-    if sizes != guess:
-        new = []  # frees it
-        new = filled(sizes)
-        _last[*kind, format] = sizes
-    *index_of, stored = new
+    check_free(_new(dense, format, grid, **sizes), device)
+    *index_of, stored = fill(known, dense, format=format, grid=grid, **sizes)
     *masks, offsets = known
     cls = Bitmap if format == "bitmap" else TiledCSL
     return cls(offsets, stored, (M, K), *masks, *index_of, grid=grid), int(read[-1])
