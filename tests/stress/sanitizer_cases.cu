@@ -1,5 +1,6 @@
 // What compute-sanitizer makes of two habits of the main loops (csrc/cuda/bitmap_stream.cuh), each
-// beside the same thing said otherwise. On an H100, compute-sanitizer 2025.3.1:
+// beside the same thing said otherwise. The table (an H100, compute-sanitizer 2025.3.1) is of the two
+// programs that this one was put together from, with the same instructions; it has not run itself.
 //
 //   nvcc -std=c++17 -O2 -arch=sm_90a -lineinfo tests/stress/sanitizer_cases.cu -o sanitizer_cases
 //   compute-sanitizer --tool racecheck ./sanitizer_cases ring
