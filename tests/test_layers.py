@@ -16,6 +16,7 @@ LAYERS = [
     ["partition"],
     ["kernel", "plan"],
     ["spmm"],
+    ["chain"],
     ["", "tuning"],  # the public names
     ["nn", "linen"],
     ["prune"],
