@@ -159,6 +159,15 @@ __device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// To another CTA of the cluster, by the address in this one.
+__device__ __forceinline__ void StoreCluster128(uint32_t address, uint32_t rank, float4 v) {
+  asm volatile(
+      "{ .reg .b32 to; mapa.shared::cluster.u32 to, %0, %1;"
+      " st.shared::cluster.v4.f32 [to], {%2, %3, %4, %5}; }" ::"r"(address),
+      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
+
 // At a barrier of another CTA of the cluster, by its address in this one. Of this thread's own
 // writes it releases none: scope and all default to what takes no fence.
 __device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, int rank) {
@@ -221,26 +230,6 @@ __device__ __forceinline__ void LaunchDependents() {
 __device__ __forceinline__ void WaitForPrevious() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// ---- cluster ----
-
-// To the same place in the shared memory of another CTA of the cluster.
-__device__ __forceinline__ void StoreCluster128(uint32_t address, uint32_t cta, float4 v) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{ .reg .b32 to; mapa.shared::cluster.u32 to, %0, %1;"
-      " st.shared::cluster.v4.f32 [to], {%2, %3, %4, %5}; }" ::"r"(address),
-      "r"(cta), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-      : "memory");
-#endif
-}
-
-__device__ __forceinline__ void ClusterSync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
 #endif
 }
 

@@ -144,7 +144,9 @@ __global__ void __launch_bounds__(1024, 2) NormKernel(const __grid_constant__ No
   const int64_t at = blockIdx.y * a.width;
   const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.h) + at);
   ptx::LaunchDependents();
-  ptx::ClusterSync();  // all CTAs run, and may be written to
+#if __CUDA_ARCH__ >= 900
+  ptx::ClusterArrive(), ptx::ClusterWait();  // all CTAs run, and may be written to
+#endif
   ptx::WaitForPrevious();
   uint4 kept[kNormKept];
   int count = 0;
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(1024, 2) NormKernel(const __grid_constant__ No
   if (threadIdx.x < gridDim.x)
     ptx::StoreCluster128(ptx::SharedAddress(&parts[blockIdx.x]), threadIdx.x,
                          make_float4(all, mean, squares, 0.0f));
-  ptx::ClusterSync();
+  ptx::ClusterArrive(), ptx::ClusterWait();
   float total = 0.0f;
   for (int c = 0; c < gridDim.x; ++c) total += parts[c].x * parts[c].y;
   mean = total / static_cast<float>(a.width);
