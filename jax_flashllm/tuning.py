@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,17 @@ class Trial:
         return math.exp(statistics.fmean(map(math.log, self.microseconds.values())))
 
 
-def tune(w: SparseWeight, tokens: Sequence[int] = (1, 8, 16, 32)) -> list[Trial]:
+def tune(
+    w: SparseWeight,
+    tokens: Sequence[int] = (1, 8, 16, 32),
+    progress: Callable[[str], None] | None = None,
+) -> list[Trial]:
     """Measures how to cut products with weights of w's shape and format, and keeps the fastest.
 
     w: encoded, on a CUDA device, with values as sparse as those it will be used with. Copies of it
     take about 160 MB of the GPU's memory meanwhile. tokens: the numbers of tokens that count,
-    1 to 64, each as much as the others.
+    1 to 64, each as much as the others. progress: called with a line for every trial, as `print`
+    can be.
 
     The winner is kept for this GPU model and version of the library in the user's cache folder,
     and used from then on by what is traced: in this process, and in later ones when they begin.
@@ -71,9 +77,15 @@ def tune(w: SparseWeight, tokens: Sequence[int] = (1, 8, 16, 32)) -> list[Trial]
     model, *others = plan.cuts(w.format, w.shard_rows, w.row_shards, k, gpu)
     copies = min(_MOST_COPIES, max(2, -(-_ROTATE_BYTES // w.nbytes)))
     weights = [w, *(jax.tree.map(jnp.copy, w) for _ in range(copies - 1))]
-    trials = [
-        Trial(cut, {n: _microseconds(weights, n, cut) for n in tokens}) for cut in (model, *others)
-    ]
+    tell = progress or (lambda line: None)
+    begin = time.perf_counter()
+    programs = _programs(weights, tokens, [model, *others])
+    tell(f"tune: {len(programs)} programs compiled in {time.perf_counter() - begin:.1f} s")
+    trials = []
+    for cut in (model, *others):
+        trial = Trial(cut, {n: statistics.median(_time(*programs[cut, n])) for n in tokens})
+        trials.append(trial)
+        tell(f"tune: {cut.warps} warps, {cut.ctas} CTAs: {trial.score:.1f} us")
     best = min(trials, key=lambda t: t.score)
     if best.score > _GAIN * trials[0].score:
         best = trials[0]
@@ -90,14 +102,29 @@ def _device_of(w: SparseWeight) -> Any:
     return next(iter(devices))
 
 
-def _microseconds(weights: list[SparseWeight], tokens: int, cut: plan.Cut) -> float:
+Program = tuple[Callable, list, list[jax.Array]]  # compiled, its weights, its tokens
+
+
+def _programs(
+    weights: list[SparseWeight], tokens: Sequence[int], cuts: Sequence[plan.Cut]
+) -> dict[tuple[plan.Cut, int], Program]:
+    """The programs of all trials, compiled side by side: that takes longer than running them."""
     from jax_flashllm.spmm import spmm
 
-    x = jax.random.normal(jax.random.key(0), (tokens, weights[0].shape[1]))
-    x = jax.device_put(x.astype(weights[0].dtype), _device_of(weights[0]))
-    with plan.forced(cut):
-        rounds = -(-_PRODUCTS // len(weights))
-        return statistics.median(time_products(spmm, weights, x, rounds))
+    device, rounds = _device_of(weights[0]), -(-_PRODUCTS // len(weights))
+    lowered = {}
+    for n in tokens:
+        x = jax.random.normal(jax.random.key(0), (n, weights[0].shape[1]))
+        x = jax.device_put(x.astype(weights[0].dtype), device)
+        for cut in cuts:
+            with plan.forced(cut):
+                lowered[cut, n] = _lower(spmm, weights, x, rounds)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda program: program[0].compile(), lowered.values())
+        return {
+            case: (run, *operands)
+            for (case, (_, *operands)), run in zip(lowered.items(), compiled, strict=True)
+        }
 
 
 def time_products(f: Callable, weights: Sequence, x: jax.Array, rounds: int) -> list[float]:
@@ -106,18 +133,26 @@ def time_products(f: Callable, weights: Sequence, x: jax.Array, rounds: int) -> 
     Where they exceed the caches, they come from memory. Products that share a weight may become
     one, where f is XLA's: one round only then.
     """
+    lowered, *operands = _lower(f, weights, x, rounds)
+    return _time(lowered.compile(), *operands)
+
+
+def _lower(f: Callable, weights: Sequence, x: jax.Array, rounds: int) -> tuple[Any, list, list]:
     # Other tokens each: XLA computes nothing twice.
     xs = [x + i for i in range(rounds * len(weights))]
 
     def products(ws, xs):
         return [f(w, x) for w, x in zip(ws * rounds, xs, strict=True)]
 
-    run = jax.jit(products).lower(list(weights), xs).compile()
-    jax.block_until_ready([run(list(weights), xs) for _ in range(2)])
+    return jax.jit(products).lower(list(weights), xs), list(weights), xs
+
+
+def _time(run: Callable, weights: list, xs: list[jax.Array]) -> list[float]:
+    jax.block_until_ready([run(weights, xs) for _ in range(2)])
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        jax.block_until_ready([run(list(weights), xs) for _ in range(3)])
+        jax.block_until_ready([run(weights, xs) for _ in range(3)])
         times.append(1e6 * (time.perf_counter() - start) / 3 / len(xs))
     return times
 

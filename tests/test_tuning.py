@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
 import jax
@@ -150,17 +151,28 @@ def test_tune_keeps_the_fastest(monkeypatch):
     cuts = plan.cuts("bitmap", 2048, 1, 4096, H100)
     seen = []
 
-    def clock(weights, tokens, cut):
+    def clock(run, weights, xs):
+        (cut, tokens), size = run, sum(w.nbytes for w in weights)
         seen.append((cut, tokens))
-        assert sum(w.nbytes for w in weights) >= 32 * w.nbytes
-        return {cuts[0]: 100.0, cuts[1]: fastest}.get(cut, 200.0) * tokens
+        assert size >= 32 * w.nbytes
+        assert [x.shape for x in xs] == [(tokens, 4096)] * len(xs)
+        return [{cuts[0]: 100.0, cuts[1]: fastest}.get(cut, 200.0) * tokens]
 
-    monkeypatch.setattr(tuning, "_microseconds", clock)
+    def lower(f, weights, x, rounds):
+        (cut,) = plan._forced
+        compiled = types.SimpleNamespace(compile=lambda: (cut, len(x)))
+        return compiled, weights, [x] * rounds
+
+    monkeypatch.setattr(tuning, "_lower", lower)
+    monkeypatch.setattr(tuning, "_time", clock)
     fastest = 99.5  # no more than noise
     assert jax_flashllm.tune(w, tokens=(1, 8))[0].cut == cuts[0]
     assert sorted(set(seen), key=seen.index) == [(c, n) for c in cuts for n in (1, 8)]
     fastest = 90.0
-    trials = jax_flashllm.tune(w, tokens=(1, 4))
+    lines = []
+    trials = jax_flashllm.tune(w, tokens=(1, 4), progress=lines.append)
+    assert len(lines) == 1 + len(cuts)
+    assert f"{2 * len(cuts)} programs" in lines[0]
     assert trials[0].cut == cuts[1] == _lookup((2048, 4096))
     assert trials[0].microseconds == {1: 90.0, 4: 360.0}
     assert math.isclose(trials[0].score, 180)
