@@ -14,6 +14,7 @@ import csv
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +62,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["28672x7168", "4096x4096"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.8])
-    parser.add_argument("--csv", required=True)
+    parser.add_argument("--csv", type=Path, required=True)
     args = parser.parse_args()
     gpu = jax.devices("cuda")[0]
     memory = lambda: gpu.memory_stats() or {}  # noqa: E731
-    rows = []
     for shape in args.shapes:
         for sparsity in args.sparsity:
             m, k = map(int, shape.split("x"))
@@ -85,29 +85,29 @@ def main():
                     for other in (random_bits(m, k, sparsity, seed) for seed in range(1, 8))
                 )
                 alone = seconds(kernels(dense, w), 5) / 4
-                rows.append(
-                    {
-                        "gpu": gpu.device_kind,
-                        "jax": jax.__version__,
-                        "shape": shape,
-                        "sparsity": sparsity,
-                        "format": format,
-                        "warm_GB_s": round(dense.nbytes / warm / 1e9, 1),
-                        "others_GB_s": round(dense.nbytes / others / 1e9, 1),
-                        "kernels_GB_s": round(dense.nbytes / alone / 1e9, 1),
-                        "warm_ms": round(1e3 * warm, 3),
-                        "others_ms": round(1e3 * others, 3),
-                        "kernels_ms": round(1e3 * alone, 3),
-                        "first_ms": round(1e3 * first, 1),
-                        "peak_over_result": round(peak, 3),
-                    }
-                )
-                print(*(f"{k}={v}" for k, v in list(rows[-1].items())[2:]), flush=True)
+                row = {
+                    "gpu": gpu.device_kind,
+                    "jax": jax.__version__,
+                    "shape": shape,
+                    "sparsity": sparsity,
+                    "format": format,
+                    "warm_GB_s": round(dense.nbytes / warm / 1e9, 1),
+                    "others_GB_s": round(dense.nbytes / others / 1e9, 1),
+                    "kernels_GB_s": round(dense.nbytes / alone / 1e9, 1),
+                    "warm_ms": round(1e3 * warm, 3),
+                    "others_ms": round(1e3 * others, 3),
+                    "kernels_ms": round(1e3 * alone, 3),
+                    "first_ms": round(1e3 * first, 1),
+                    "peak_over_result": round(peak, 3),
+                }
+                new = not args.csv.exists()
+                with args.csv.open("a", newline="") as file:
+                    writer = csv.DictWriter(file, row)
+                    if new:
+                        writer.writeheader()
+                    writer.writerow(row)
+                print(*(f"{k}={v}" for k, v in list(row.items())[2:]), flush=True)
                 del w
-    with open(args.csv, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":
