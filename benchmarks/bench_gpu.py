@@ -7,6 +7,7 @@ too: wall clock, a program of many products. Outputs are poisoned, then compared
 
 import sys
 import time
+from collections.abc import Callable
 from types import ModuleType
 
 import gpu_timing
@@ -27,8 +28,13 @@ SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9]
 XLA_PRODUCTS, XLA_BYTES = 48, 16 << 30  # of a program: its weights may take so much
 
 
-def run(args, plugins: dict[str, ModuleType]) -> tuple[list[dict], list[str]]:
-    """A row a case and contender, and what was wrong, of which there are no rows."""
+def run(
+    args, plugins: dict[str, ModuleType], save: Callable[[list[dict]], None]
+) -> tuple[list[dict], list[str]]:
+    """A row a case and contender, and what was wrong, of which there are no rows.
+
+    save: called with all rows so far after every shape.
+    """
     if not args.library:
         raise SystemExit(
             "bench_spmm.py --device gpu: pass --library; it is built by "
@@ -80,6 +86,7 @@ def run(args, plugins: dict[str, ModuleType]) -> tuple[list[dict], list[str]]:
                     }
                 )
             del case, dense
+        save(rows)
     print(f"R = {bandwidth / 1e12:.3f} TB/s; {time.monotonic() - start:.0f} s")
     return rows, wrong
 

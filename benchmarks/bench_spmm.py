@@ -144,7 +144,11 @@ def main() -> None:
     if args.device == "gpu":
         import bench_gpu
 
-        rows, wrong = bench_gpu.run(args, plugins)
+        def save(rows):
+            if args.csv and rows:
+                write_csv(rows, args.csv, environment(args.commit))
+
+        rows, wrong = bench_gpu.run(args, plugins, save)
     else:
         rows, wrong = bench_cpu.run(args, plugins), []
     summarise(rows)
