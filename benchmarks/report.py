@@ -1,10 +1,11 @@
-"""What bench_spmm.py measured on a GPU, as the tables of docs/kernels.md.
+"""What bench_spmm.py and `bench decode` measured on a GPU, as the tables of the docs.
 
     python benchmarks/report.py benchmarks/results/h100_spmm_2026-11-21.csv [more.csv]
     python benchmarks/report.py FILE.csv --plot out.png --shapes 28672x7168 4096x4096
+    python benchmarks/report.py benchmarks/results/h100_decode_2026-11-22.csv
 
-First geometric means over the shapes of OPT-30B, 66B and 175B, then every shape. Ours is what
-`format="auto"` takes: the bitmap.
+Products: geometric means over the shapes of OPT-30B, 66B and 175B, in brackets what is wanted, then
+every shape. Ours is what `format="auto"` takes: the bitmap. Decoding: a line a model and batch.
 """
 
 import argparse
@@ -17,6 +18,25 @@ import shapes
 
 MEAN = ("OPT-30B", "OPT-66B", "OPT-175B")
 OURS = "ours bitmap"
+# cuBLAS / ours that is wanted, by sparsity and N, and the fraction of R for N up to 16.
+FEW = (1, 8, 16)
+WANTED = {
+    0.5: {**dict.fromkeys(FEW, 1.7), 32: 1.6, 64: 1.45, 128: 1.3},
+    0.6: {**dict.fromkeys(FEW, 2.05), 32: 1.9, 64: 1.6, 128: 1.35},
+    0.7: {**dict.fromkeys(FEW, 2.5), 32: 2.3, 64: 1.8, 128: 1.45},
+    0.8: {**dict.fromkeys(FEW, 3.1), 32: 2.8, 64: 2.0, 128: 1.55},
+    0.9: {**dict.fromkeys(FEW, 4.3), 32: 3.8, 64: 2.3, 128: 1.6},
+}
+WANTED_OF_R = {0.5: 0.9, 0.6: 0.9, 0.7: 0.85, 0.8: 0.78}
+# D / step that is wanted with 1 and 8 rows.
+WANTED_STEP = {
+    ("opt-13b", "0.6"): 1.65,
+    ("opt-30b", "0.6"): 1.65,
+    ("opt-30b", "0.7"): 2.1,
+    ("opt-66b", "0.7"): 2.1,
+    ("opt-66b", "0.8"): 2.5,
+    ("opt-175b", "0.8"): 2.5,
+}
 LEAST = 4096 * 4096  # weights; from here on no product should be slower than cuBLAS's
 
 
@@ -57,7 +77,12 @@ def means(rows: list[dict]) -> None:
                     continue
                 faster = statistics.geometric_mean(r["vs_cublas"] for r in case)
                 of_roof = statistics.geometric_mean(r["roof_ms"] / r["median_ms"] for r in case)
-                cells.append(f"{faster:.2f}; {of_roof:.2f}")
+                wanted_here = WANTED.get(sparsity, {}).get(n, 0.97 if n >= 256 else None)
+                of_r = WANTED_OF_R.get(sparsity) if n in FEW else None
+                cells.append(
+                    f"{faster:.2f}" + (f" ({wanted_here})" if wanted_here else "")
+                    + f"; {of_roof:.2f}" + (f" ({of_r})" if of_r else "")
+                )  # fmt: skip
             print(f"| {sparsity:.0%} | " + " | ".join(cells) + " |")
         large = [r for r in ours if r["M"] * r["K"] >= LEAST and r["N"] <= 64]
         slower = sorted((r for r in large if r["vs_cublas"] < 1), key=lambda r: r["vs_cublas"])
@@ -87,6 +112,53 @@ def every_shape(rows: list[dict]) -> None:
             for s in kept
         ]
         print(f"| {m}x{k} | " + " | ".join(cells) + " |")
+
+
+def decoding(paths: Iterable[str]) -> None:
+    """A line a model, weights and batch: the last one measured."""
+    rows: dict[tuple, dict[str, str]] = {}
+    for path in paths:
+        with open(path) as f:
+            for r in csv.DictReader(f):
+                what = ("config", "sparsity", "batch", "context", "dtype", "cache_dtype", "choice")
+                rows[tuple(r[name] for name in what)] = r
+    print("| model | weights of the layers | batch | ms a step | D | D / step | wanted | of R "
+          "| tokens/s | prompt tokens/s | in use |\n|" + "---|" * 11)  # fmt: skip
+    order = {name: i for i, (name, _) in enumerate(WANTED_STEP)}
+    kept = sorted(
+        rows.values(),
+        key=lambda r: (order.get(r["config"], 9), r["sparsity"], r["choice"], int(r["batch"])),
+    )
+    before = None
+    for r in kept:
+        model = r["config"].upper()
+        weights = "dense" if r["sparsity"] == "dense" else f"{float(r['sparsity']):.0%} sparse"
+        if r["cache_dtype"] != r["dtype"]:
+            weights += f", cache {r['cache_dtype']}"
+        if r["choice"] != "greedy":
+            weights += f", {r['choice']}"
+        step, limit = float(r["step_ms"]), float(r["dense_limit_ms"])
+        wanted = WANTED_STEP.get((r["config"], r["sparsity"])) if r["batch"] in ("1", "8") else None
+        short = limit / step < (wanted or 1)
+        cells = [
+            "" if before and model == before[0] else model,
+            "" if (model, weights) == before else weights,
+            r["batch"],
+            f"{step:.2f}",
+            f"{limit:.2f}",
+            f"**{limit / step:.2f}**" if short else f"{limit / step:.2f}",
+            str(wanted or ""),
+            f"{float(r['fraction_of_read']):.2f}",
+            f"{float(r['tokens_s']):.0f}",
+            f"{float(r['prefill_tokens_s']):.0f}",
+            f"{float(r['in_use_bytes']) / 1e9:.1f} GB",
+        ]
+        print("| " + " | ".join(cells) + " |")
+        before = model, weights
+    for r in kept:
+        if r["long_prompt"] not in ("", "None"):
+            print(f"{r['config']} {r['sparsity']}: one prompt of {r['long_prompt']} tokens, "
+                  f"{float(r['long_prompt_ms']):.1f} ms")  # fmt: skip
 
 
 def plot(rows: list[dict], path: str) -> None:
@@ -145,6 +217,10 @@ def main() -> None:
     parser.add_argument("--plot", help="write a picture (PNG)")
     parser.add_argument("--shapes", nargs="+", help="of the picture, MxK")
     args = parser.parse_args()
+    with open(args.csv[0]) as f:
+        if f.readline().startswith("device,"):  # of `bench decode`
+            decoding(args.csv)
+            return
     rows = [r for r in read(args.csv) if r["dtype"] == args.dtype]
     means(rows)
     every_shape(rows)
