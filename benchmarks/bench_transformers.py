@@ -69,8 +69,8 @@ def step_ms(model, ids: torch.Tensor, short: int, long: int, rounds: int, **kwar
         return time.perf_counter() - begin
 
     # With a static cache twice each: the first compiles, the second records CUDA graphs.
-    for new in (short,) if cache is None else (short, long, short, long):
-        seconds(new)
+    warm_up = (short,) if cache is None else (short, long, short, long)
+    print("warmed up in " + " + ".join(f"{seconds(new):.1f}" for new in warm_up) + " s", flush=True)
     return [1e3 * (seconds(long) - seconds(short)) / (long - short) for _ in range(rounds)]
 
 
