@@ -554,7 +554,7 @@ def _chain(x, h, stages):
 MIXED = [["bitmap"], ["tiled_csl"], ["bitmap", "tiled_csl"], ["tiled_csl", "bitmap", "bitmap"]]
 
 
-@pytest.mark.parametrize("n", [1, 3, 8, 17, 33, 64])
+@pytest.mark.parametrize("n", [1, 3, 8, 17, 31, 32])
 @pytest.mark.parametrize(("H", "F"), [(64, 64), (192, 1024), (2048, 8192)])
 def test_chains_of_integers_are_exact(H, F, n):
     stages = _row(H, F, np.float16, integers=True, ragged=n % 8)
@@ -574,7 +574,7 @@ def test_chains_of_integers_are_exact(H, F, n):
         np.testing.assert_array_equal(np.asarray(got_x), expected_x.astype(np.float16))
 
 
-@pytest.mark.parametrize("n", [1, 3, 8, 17, 33, 64])
+@pytest.mark.parametrize("n", [1, 3, 8, 17, 31, 32])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_chains_stay_in_bound(dtype, n):
     for i, (H, F) in enumerate([(64, 192), (768, 3072), (1024, 4096)]):
