@@ -195,7 +195,9 @@ def plan_for(w: Weight, n: int, token_dtype, warps: int = 16):
     )
     n_terms = 1 if token_dtype == w.dtype else 3 if token_dtype == torch.float32 else 2
     what = w.format, w.shape[0], 1, w.shape[1]
-    return planning.choose(*what, n, n_terms, dev, planning.cut_for(*what, dev))
+    fill = w.values.numel() / (w.shape[0] * w.shape[1])
+    bound = planning.by_memory(w.format, n * n_terms, fill)
+    return planning.choose(*what, n, n_terms, dev, planning.cut_for(*what, dev, bound))
 
 
 def reference(x, dense) -> tuple[torch.Tensor, torch.Tensor]:

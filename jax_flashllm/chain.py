@@ -156,7 +156,7 @@ def _cuda(x, h, *leaves, treedef, epsilon):
     if not hasattr(_flashllm, "cuda_targets") or not _supports(x, h, stages):
         return _composed(x, h, *leaves, treedef=treedef, epsilon=epsilon)
     tokens, H, M = math.prod(h.shape[:-1]), h.shape[-1], stages[-1].weight.shape[0]
-    weights = [(s.weight.format, s.weight.shape) for s in stages]
+    weights = [(s.weight.format, s.weight.shape, s.weight.values.size) for s in stages]
     plans, workspace = plan.chain(weights, tokens, plan.device())
     absent = jnp.zeros(NO_BIAS, jnp.float32)
     operands = [x.reshape(tokens, -1), h.reshape(tokens, H)]
@@ -169,9 +169,9 @@ def _cuda(x, h, *leaves, treedef, epsilon):
         jax.ShapeDtypeStruct((workspace,), jnp.uint8),
     )
     each = {
-        "m": [m for _, (m, _) in weights],
-        "k": [k for _, (_, k) in weights],
-        "format": [_FORMATS.index(f) for f, _ in weights],
+        "m": [m for _, (m, _), _ in weights],
+        "k": [k for _, (_, k), _ in weights],
+        "format": [_FORMATS.index(f) for f, *_ in weights],
         "activation": [ACTIVATIONS[s.activation][0] for s in stages],
         "ctas": [p.ctas for p in plans],
         "warps": [p.warps for p in plans],

@@ -1,14 +1,19 @@
 """How a product runs on a GPU: the cut of the work, as static attributes of the custom call.
 
-Chosen from shapes and the device alone, so that it is part of the jit key and equal inputs
-give equal bits. csrc/cuda/spmm.h explains strips and units. For up to 64 tokens the cut does
-not depend on the number of tokens, so a token's result does not depend on its batch.
+Chosen from shapes, the room for W's values and the device alone, so that it is part of the jit key
+and equal inputs give equal bits. csrc/cuda/spmm.h explains strips and units.
+
+For up to 64 tokens there are two cuts of a W: one for few tokens and a W that is not sparse, where
+memory is the limit (`by_memory`), and one for all else. Sums of another cut are rounded in another
+order, so a token's last bit depends on which of them its batch takes. In an environment with
+JAX_FLASHLLM_BATCH_INVARIANT=1 all take the second: a token's result is the same in any batch then.
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -29,6 +34,8 @@ _TERM_TOKENS = 512
 # The copy of x that the wide kernel reads: this many tokens of it at a time.
 _WIDE_TOKENS = 4096
 _WIDE_WARPS = {128: 12}
+# Up to so many tokens, and from so much of W stored on, memory is a bitmap's limit.
+_FEW_TOKENS, _BY_MEMORY = 16, 0.45
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +110,13 @@ def _units(format: str, rows: int, shards: int, k: int, warps: int) -> tuple[int
     return strips, strips * _ceil(k, _UNIT_COLS[format])
 
 
-def model(format: str, rows: int, shards: int, k: int, dev: Device) -> Cut:
+def by_memory(format: str, tokens: int, fill: float) -> bool:
+    """Whether memory limits the product, not decoding. fill: the part of W that is stored."""
+    invariant = os.environ.get("JAX_FLASHLLM_BATCH_INVARIANT", "0") != "0"
+    return format == "bitmap" and tokens <= _FEW_TOKENS and fill > _BY_MEMORY and not invariant
+
+
+def model(format: str, rows: int, shards: int, k: int, dev: Device, by_memory: bool = False) -> Cut:
     """The cut of a shape that nobody measured."""
     if format == "tiled_csl":
         # A unit takes about 8 + warps: the more warps, the less of its latency shows.
@@ -112,15 +125,19 @@ def model(format: str, rows: int, shards: int, k: int, dev: Device) -> Cut:
         # As measured on an H100 (docs/every-shape.md): a unit takes 4 + warps, and the start of a
         # CTA 2 a warp, whose first loads all others wait for.
         widths, unit, start = (_ceil(dev.warps, n) for n in (1, 2, 4)), 4, 2
+        if by_memory:  # the fewer warps, the less there is to fetch before all of them start
+            widths = (_ceil(dev.warps, n) for n in (2, 4))
     units = {w: _units(format, rows, shards, k, w)[1] for w in widths}
     warps = min(units, key=lambda w: _ceil(units[w], dev.cores) * (unit + w) + start * w)
     return Cut(warps, min(units[warps], dev.cores))
 
 
-def cuts(format: str, rows: int, shards: int, k: int, dev: Device) -> list[Cut]:
+def cuts(
+    format: str, rows: int, shards: int, k: int, dev: Device, by_memory: bool = False
+) -> list[Cut]:
     """What `tune` tries: the model's choice first, then others."""
     most = dev.warps if format == "bitmap" else dev.csl_teams
-    found = [model(format, rows, shards, k, dev)]
+    found = [model(format, rows, shards, k, dev, by_memory)]
     for warps in sorted({most, *(most * i // 4 for i in (1, 2, 3)), 1} - {0}, reverse=True):
         strips, units = _units(format, rows, shards, k, warps)
         # One CTA a multiprocessor, as many as fit there, or a whole strip each.
@@ -197,19 +214,19 @@ def _wide(bands: int, blocks: int, tokens: int, dev: Device) -> Plan:
 
 
 def chain(
-    weights: Sequence[tuple[str, tuple[int, int]]], tokens: int, dev: Device
+    weights: Sequence[tuple[str, tuple[int, int], int]], tokens: int, dev: Device
 ) -> tuple[list[Plan], int]:
     """Plans the products of a chain, for 1 to 32 tokens, and the bytes of its workspace.
 
-    weights: format and [M, K] of each W, which is one block. The workspace is two products'
-    results, which take turns, and then each product's own.
+    weights: format, [M, K] and room for values of each W, which is one block. The workspace is two
+    products' results, which take turns, and then each product's own.
     """
     dev = dataclasses.replace(dev, wgmma=False)  # csrc/cuda/handlers.cc: mma alone
-    plans = [
-        choose(format, m, 1, k, tokens, 1, dev, cut_for(format, m, 1, k, dev))
-        for format, (m, k) in weights
-    ]
-    result = _align(tokens * max(m for _, (m, _) in weights) * 2)
+    plans = []
+    for format, (m, k), values in weights:
+        cut = cut_for(format, m, 1, k, dev, by_memory(format, tokens, values / (m * k)))
+        plans.append(choose(format, m, 1, k, tokens, 1, dev, cut))
+    result = _align(tokens * max(m for _, (m, _), _ in weights) * 2)
     return plans, 2 * result + sum(_align(p.workspace) for p in plans)
 
 
@@ -222,17 +239,20 @@ _MEASURED = {
     }
 }
 # What `tune` has kept. tuning.py, which multiplies and so lies above this, puts its lookup here.
-tuned: Callable[[str, int, int, int, Device], Cut | None] | None = None
+tuned: Callable[[str, int, int, int, Device, bool], Cut | None] | None = None
 
 
-def cut_for(format: str, rows: int, shards: int, k: int, dev: Device) -> Cut | None:
-    """The cut to take instead of the model's."""
+def cut_for(
+    format: str, rows: int, shards: int, k: int, dev: Device, by_memory: bool = False
+) -> Cut:
+    """The cut to take: what was measured, or the model's."""
     if _forced:
         return _forced[-1]
-    cut = tuned(format, rows, shards, k, dev) if tuned is not None else None
+    cut = tuned(format, rows, shards, k, dev, by_memory) if tuned is not None else None
     if cut is None and shards == 1:
         cut = _MEASURED.get(dev.name, {}).get((format, rows, k))
-    return cut if cut in cuts(format, rows, shards, k, dev) else None
+    found = cuts(format, rows, shards, k, dev, by_memory)
+    return cut if cut in found else found[0]
 
 
 def spmm(call, *args, format, shape, activation):
@@ -245,7 +265,9 @@ def spmm(call, *args, format, shape, activation):
     tokens = math.prod(x.shape[:-1])
     n_terms = terms(values.dtype, x.dtype)
     dev = device()
-    cut = cut_for(format, rows, shards, shape[1], dev)
+    fill = values.shape[1] / max(rows * shape[1], 1)
+    bound = by_memory(format, tokens * n_terms, fill)
+    cut = cut_for(format, rows, shards, shape[1], dev, bound)
     plan = choose(format, rows, shards, shape[1], tokens, n_terms, dev, cut)
     if n_terms == 1 and tokens >= (WIDE_DENSE_TOKENS if plan.wide else DENSE_TOKENS):
         return _decoded(call, *args, format=format, shape=shape, activation=activation)

@@ -1,11 +1,12 @@
 """tune: the fastest cut of the work on this GPU, measured once and kept in a file.
 
-A cut says how the rows of W are shared out (plan.py): warps a CTA, and CTAs. It is the same for
-every number of tokens up to 64, so a token's result still does not depend on its batch.
+A cut says how the rows of W are shared out (plan.py): warps a CTA, and CTAs. A W that is not sparse
+has two, the one for few tokens by itself.
 
     ~/.cache/jax_flashllm/plans-0.1.0-NVIDIA-H100-80GB-HBM3.json   (or under $XDG_CACHE_HOME)
 
-    {"bitmap 1x28672x7168": {"warps": 16, "ctas": 132}, ...}       format, shards x rows x K
+    {"bitmap 1x28672x7168": {"warps": 16, "ctas": 132},            format, shards x rows x K
+     "bitmap 1x28672x7168 by memory": {"warps": 8, "ctas": 132}, ...}
 """
 
 import dataclasses
@@ -64,8 +65,9 @@ def tune(
     Programs that were compiled before keep their cut. Where several hosts run one program, tune on
     one and copy the file.
 
-    Returns the trials, the one that was kept first. Raises TypeError for other than encoded
-    weights, ValueError for stacks, weights on other devices, or tokens out of range.
+    Returns the trials, those that were kept first: one, or one for few tokens and one for more,
+    where these take cuts of their own. Raises TypeError for other than encoded weights, ValueError
+    for stacks, weights on other devices, or tokens out of range.
     """
     from jax_flashllm.spmm import _check_weight
 
@@ -73,24 +75,32 @@ def tune(
     _device_of(w)
     if not tokens or not all(1 <= n <= plan.MAX_GROUP for n in tokens):
         raise ValueError(f"tune: tokens must be 1 to {plan.MAX_GROUP}, got {list(tokens)}")
-    gpu, k = plan.device(), w.shard_columns
-    model, *others = plan.cuts(w.format, w.shard_rows, w.row_shards, k, gpu)
+    gpu, shape = plan.device(), (w.format, w.shard_rows, w.row_shards, w.shard_columns)
+    fill = w.values.shape[-1] / max(w.shard_rows * w.shard_columns, 1)
+    bound = {n: plan.by_memory(w.format, n, fill) for n in tokens}
+    cuts = {n: plan.cuts(*shape, gpu, bound[n]) for n in tokens}
     copies = min(_MOST_COPIES, max(2, -(-_ROTATE_BYTES // w.nbytes)))
     weights = [w, *(jax.tree.map(jnp.copy, w) for _ in range(copies - 1))]
     tell = progress or (lambda line: None)
     begin = time.perf_counter()
-    programs = _programs(weights, tokens, [model, *others])
+    programs = _programs(weights, cuts)
     tell(f"tune: {len(programs)} programs compiled in {time.perf_counter() - begin:.1f} s")
-    trials = []
-    for cut in (model, *others):
-        trial = Trial(cut, {n: statistics.median(_time(*programs[cut, n])) for n in tokens})
-        trials.append(trial)
-        tell(f"tune: {cut.warps} warps, {cut.ctas} CTAs: {trial.score:.1f} us")
-    best = min(trials, key=lambda t: t.score)
-    if best.score > _GAIN * trials[0].score:
-        best = trials[0]
-    _keep(gpu.name, _key(w.format, w.shard_rows, w.row_shards, k), best.cut)
-    return [best, *sorted((t for t in trials if t is not best), key=lambda t: t.score)]
+    kept, others = [], []
+    for by_memory in sorted(set(bound.values()), reverse=True):
+        counted = [n for n in tokens if bound[n] == by_memory]
+        trials = []
+        for cut in cuts[counted[0]]:
+            us = {n: statistics.median(_time(*programs[cut, n])) for n in counted}
+            trials.append(Trial(cut, us))
+            line = f"{cut.warps} warps, {cut.ctas} CTAs: {trials[-1].score:.1f} us"
+            tell(f"tune: {line} at {', '.join(map(str, counted))} tokens")
+        best = min(trials, key=lambda t: t.score)
+        if best.score > _GAIN * trials[0].score:
+            best = trials[0]
+        _keep(gpu.name, _key(*shape, by_memory), best.cut)
+        kept.append(best)
+        others += sorted((t for t in trials if t is not best), key=lambda t: t.score)
+    return kept + others
 
 
 def _device_of(w: SparseWeight) -> Any:
@@ -106,17 +116,17 @@ Program = tuple[Callable, list, list[jax.Array]]  # compiled, its weights, its t
 
 
 def _programs(
-    weights: list[SparseWeight], tokens: Sequence[int], cuts: Sequence[plan.Cut]
+    weights: list[SparseWeight], cuts: dict[int, list[plan.Cut]]
 ) -> dict[tuple[plan.Cut, int], Program]:
     """The programs of all trials, compiled side by side: that takes longer than running them."""
     from jax_flashllm.spmm import spmm
 
     device, rounds = _device_of(weights[0]), -(-_PRODUCTS // len(weights))
     lowered = {}
-    for n in tokens:
+    for n in cuts:
         x = jax.random.normal(jax.random.key(0), (n, weights[0].shape[1]))
         x = jax.device_put(x.astype(weights[0].dtype), device)
-        for cut in cuts:
+        for cut in cuts[n]:
             with plan.forced(cut):
                 lowered[cut, n] = _lower(spmm, weights, x, rounds)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -160,19 +170,21 @@ def _time(run: Callable, weights: list, xs: list[jax.Array]) -> list[float]:
 # ---- the file ----
 
 
-def lookup(format: str, rows: int, shards: int, k: int, gpu: plan.Device) -> plan.Cut | None:
+def lookup(
+    format: str, rows: int, shards: int, k: int, gpu: plan.Device, by_memory: bool
+) -> plan.Cut | None:
     """The cut that `tune` kept for products of this shape on this GPU model."""
     if not gpu.name:
         return None
-    entry = _load(_path(gpu.name)).get(_key(format, rows, shards, k))
+    entry = _load(_path(gpu.name)).get(_key(format, rows, shards, k, by_memory))
     return None if entry is None else plan.Cut(**entry)
 
 
 plan.tuned = lookup
 
 
-def _key(format: str, rows: int, shards: int, k: int) -> str:
-    return f"{format} {shards}x{rows}x{k}"
+def _key(format: str, rows: int, shards: int, k: int, by_memory: bool) -> str:
+    return f"{format} {shards}x{rows}x{k}" + " by memory" * by_memory
 
 
 def _path(gpu_name: str) -> Path:

@@ -251,8 +251,8 @@ def test_lowering_holds_target_and_attributes(cuda):
     stages[1] = Stage(stages[1].weight, None, "gelu")
     (call,) = [line for line in lowered(x, h, stages, epsilon=0.5).splitlines() if "@flash" in line]
     assert "@flashllm_chain_v1" in call
-    weights = [(s.weight.format, s.weight.shape) for s in stages]
-    assert [format for format, _ in weights] == FORMATS * 2
+    weights = [(s.weight.format, s.weight.shape, s.weight.values.size) for s in stages]
+    assert [format for format, *_ in weights] == FORMATS * 2
     plans, workspace = plan.chain(weights, 6, plan.device())
     for name, values in {
         "m": [64, 192, 64, 192],
@@ -314,15 +314,17 @@ def test_what_is_not_one_call(cuda):
 def test_plans_are_sound(n):
     H, F = 7168, 28672
     weights = [
-        ("bitmap", (H, H)),
-        ("tiled_csl", (F, H)),
-        ("bitmap", (H, F)),
-        ("tiled_csl", (3 * H, H)),
+        ("bitmap", (H, H), H * H // 2),
+        ("tiled_csl", (F, H), F * H // 2),
+        ("bitmap", (H, F), H * F // 5),
+        ("tiled_csl", (3 * H, H), 3 * H * H),
     ]
     plans, workspace = plan.chain(weights, n, H100)
     expected = 2 * -(-n * F * 2 // 256) * 256
-    for (format, (m, k)), p in zip(weights, plans, strict=True):
-        assert p == plan.choose(format, m, 1, k, n, 1, H100)
+    for (format, (m, k), _), p in zip(weights, plans, strict=True):
+        by_memory = n <= 16 and p is plans[0]
+        cut = plan.model(format, m, 1, k, H100, by_memory)
+        assert p == plan.choose(format, m, 1, k, n, 1, H100, cut)
         assert p.group == {1: 8, 9: 16, 64: 64}[n]
         expected += -(-p.workspace // 256) * 256
     assert workspace == expected

@@ -221,14 +221,24 @@ def test_plans_are_sound(shape, format, device):
             assert p.workspace < 1 << 30
 
 
+def _cuts(format, shape, fill, tokens):
+    """What is lowered for each number of tokens."""
+    m, k = shape
+    return {plan.cut_for(format, m, 1, k, H100, plan.by_memory(format, n, fill)) for n in tokens}
+
+
+@pytest.mark.parametrize("fill", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
-def test_the_cut_does_not_depend_on_the_batch(format):
-    for m, k in SHAPES:
-        cuts = {
-            (p.ctas, p.warps)
-            for p in (plan.choose(format, m, 1, k, n, 1, H100) for n in range(1, 65))
-        }
-        assert len(cuts) == 1
+def test_the_cut_depends_on_the_batch_once_or_never(format, fill, monkeypatch):
+    for shape in SHAPES:
+        for tokens in (range(1, 17), range(17, 65)):
+            assert len(_cuts(format, shape, fill, tokens)) == 1
+    differs = {len(_cuts(format, shape, fill, range(1, 65))) for shape in SHAPES}
+    assert (2 in differs) == (format == "bitmap" and fill >= 0.5)
+    monkeypatch.setenv("JAX_FLASHLLM_BATCH_INVARIANT", "1")
+    for shape in SHAPES:
+        (cut,) = _cuts(format, shape, fill, range(1, 65))
+        assert cut == plan.model(format, shape[0], 1, shape[1], H100)
 
 
 def test_many_tokens_need_no_workspace_without_wgmma():

@@ -223,16 +223,25 @@ def test_inf_and_nan_meet_zeros_too(format, token):
     np.testing.assert_array_equal(y[np.isinf(ref)], ref[np.isinf(ref)])
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("density", [0.2, 0.5])
 @pytest.mark.parametrize("format", FORMATS)
-def test_same_bits_every_time_and_in_every_batch(format):
-    dense = sparse_matrix((2048, 4096), np.float16, 0.4)
+def test_same_bits_every_time_and_in_every_batch(format, density, invariant, monkeypatch):
+    """With few tokens a bitmap that is not sparse is cut another way, unless told not to."""
+    monkeypatch.setenv("JAX_FLASHLLM_BATCH_INVARIANT", str(int(invariant)))
+    dense = sparse_matrix((1936, 14848), np.float16, density)  # the smallest with two cuts
     w = jax_flashllm.encode(dense, format=format)
-    x = _normals((64, 4096), np.float16)
-    first = bits(_multiply(w, x))
+    x = _normals((64, 14848), np.float16)
+    run = jax.jit(lambda w, x: jax_flashllm.spmm(w, x))  # a new one: traced in this environment
+    first = bits(run(w, x))
+    few = bits(run(w, x[:16]))
     for _ in range(100):
-        np.testing.assert_array_equal(bits(_multiply(w, x)), first)
-    for n in (1, 5, 8, 16, 31, 33, 48):
-        np.testing.assert_array_equal(bits(_multiply(w, x[:n])), first[:n])
+        np.testing.assert_array_equal(bits(run(w, x)), first)
+        np.testing.assert_array_equal(bits(run(w, x[:16])), few)
+    for n in (1, 5, 8, 16, 17, 31, 33, 48):
+        np.testing.assert_array_equal(bits(run(w, x[:n])), (first if n > 16 else few)[:n])
+    same = invariant or density < 0.5 or format != "bitmap"
+    assert (few == first[:16]).all() == same
 
 
 # ---- encoding where the weights lie ----

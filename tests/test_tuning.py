@@ -30,12 +30,12 @@ def cache(tmp_path, monkeypatch):
     tuning._load.cache_clear()
 
 
-def _keep(cut, shape=(4096, 4096)):
-    tuning._keep(H100.name, tuning._key("bitmap", shape[0], 1, shape[1]), cut)
+def _keep(cut, shape=(4096, 4096), by_memory=False):
+    tuning._keep(H100.name, tuning._key("bitmap", shape[0], 1, shape[1], by_memory), cut)
 
 
-def _lookup(shape=(4096, 4096)):
-    return tuning.lookup("bitmap", shape[0], 1, shape[1], H100)
+def _lookup(shape=(4096, 4096), by_memory=False):
+    return tuning.lookup("bitmap", shape[0], 1, shape[1], H100, by_memory)
 
 
 # ---- cuts ----
@@ -43,10 +43,11 @@ def _lookup(shape=(4096, 4096)):
 
 @pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_cut_makes_a_sound_plan(shape, format):
+@pytest.mark.parametrize("by_memory", [False, True])
+def test_every_cut_makes_a_sound_plan(shape, format, by_memory):
     m, k = shape
-    found = plan.cuts(format, m, 1, k, H100)
-    assert found[0] == plan.model(format, m, 1, k, H100)
+    found = plan.cuts(format, m, 1, k, H100, by_memory)
+    assert found[0] == plan.model(format, m, 1, k, H100, by_memory)
     assert len(set(found)) == len(found)
     for cut in found:
         for tokens, terms in [(1, 1), (64, 1), (8, 3), (65, 1), (5000, 1)]:
@@ -67,10 +68,12 @@ def test_measured_cuts_take_the_models_place_and_tuned_ones_theirs():
             choices = plan.cuts(format, m, 1, k, gpu)
             assert cut in choices[1:]  # the first is the model's
             assert plan.cut_for(format, m, 1, k, gpu) == cut
-            assert plan.cut_for(format, m, 2, k, gpu) is None
-            tuned = next(c for c in choices if c != cut)
-            tuning._keep(name, tuning._key(format, m, 1, k), tuned)
-            assert plan.cut_for(format, m, 1, k, gpu) == tuned
+            assert plan.cut_for(format, m, 2, k, gpu) == plan.model(format, m, 2, k, gpu)
+            for by_memory in (False, True):
+                tuned = next(c for c in choices if c != cut)
+                tuning._keep(name, tuning._key(format, m, 1, k, by_memory), tuned)
+                assert plan.cut_for(format, m, 1, k, gpu, by_memory) == tuned
+                assert plan.cut_for(format, m, 1, k, gpu, True) == (tuned if by_memory else cut)
 
 
 # ---- the file ----
@@ -83,7 +86,10 @@ def test_what_is_kept_is_found_again(cache):
     assert _lookup() == plan.Cut(8, 132)
     assert _lookup((5, 6)) == plan.Cut(4, 7)
     assert _lookup((6, 5)) is None
-    assert tuning.lookup("tiled_csl", 4096, 1, 4096, H100) is None
+    assert _lookup(by_memory=True) is None
+    _keep(plan.Cut(4, 9), by_memory=True)
+    assert (_lookup(), _lookup(by_memory=True)) == (plan.Cut(8, 132), plan.Cut(4, 9))
+    assert tuning.lookup("tiled_csl", 4096, 1, 4096, H100, False) is None
     (file,) = cache.iterdir()  # nothing temporary stays
     assert file.name == f"plans-{jax_flashllm.__version__}-NVIDIA-Test-GPU-1.json"
 
@@ -91,7 +97,7 @@ def test_what_is_kept_is_found_again(cache):
 def test_each_gpu_model_has_its_own(cache):
     _keep(plan.Cut(8, 132))
     other = plan.Device(cores=132, warps=16, name="NVIDIA Other")
-    assert tuning.lookup("bitmap", 4096, 1, 4096, other) is None
+    assert tuning.lookup("bitmap", 4096, 1, 4096, other, False) is None
 
 
 @pytest.mark.parametrize(
@@ -144,6 +150,22 @@ def test_products_take_the_cut_that_was_kept(monkeypatch):
     assert default in _lowered(w, few)
 
 
+@needs_cuda_build
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+def test_few_tokens_and_a_w_that_is_not_sparse_have_their_own_cut(format, monkeypatch):
+    monkeypatch.setattr(plan, "device", lambda: H100)
+    shape, x = (1936, 14848), jnp.ones((17, 14848), jnp.float16)
+    usual, own = (plan.model(format, 1936, 1, 14848, H100, own) for own in (False, True))
+    assert (usual != own) == (format == "bitmap")
+    for one_in, kept in ((2, own), (3, usual)):
+        w = np.arange(math.prod(shape)).reshape(shape) % one_in == 0
+        w = jax_flashllm.encode(w.astype(np.float16), format)
+        for n, cut in ((17, usual), (16, kept), (1, kept)):
+            text = _lowered(w, x[:n])
+            assert f"warps = {cut.warps} : i64" in text
+            assert f"ctas = {cut.ctas} : i64" in text
+
+
 def test_tune_keeps_the_fastest(monkeypatch):
     monkeypatch.setattr(plan, "device", lambda: H100)
     monkeypatch.setattr(tuning, "_device_of", lambda w: None)
@@ -177,6 +199,26 @@ def test_tune_keeps_the_fastest(monkeypatch):
     assert trials[0].microseconds == {1: 90.0, 4: 360.0}
     assert math.isclose(trials[0].score, 180)
     assert [t.cut for t in trials[1:]] == [cuts[0], *cuts[2:]]
+
+
+def test_tune_keeps_a_cut_for_few_tokens_by_itself(monkeypatch):
+    monkeypatch.setattr(plan, "device", lambda: H100)
+    monkeypatch.setattr(tuning, "_device_of", lambda w: None)
+    w = jax_flashllm.encode(np.ones((4096, 4096), np.float16), "bitmap")
+    own, usual = (plan.cuts("bitmap", 4096, 1, 4096, H100, few) for few in (True, False))
+    fast = {8: own[2], 32: usual[3]}
+
+    def lower(f, weights, x, rounds):
+        compiled = types.SimpleNamespace(compile=lambda cut=plan._forced[0]: (cut, len(x)))
+        return compiled, weights, [x] * rounds
+
+    monkeypatch.setattr(tuning, "_lower", lower)
+    monkeypatch.setattr(tuning, "_time", lambda run, *_: [1.0 if fast[run[1]] == run[0] else 2.0])
+    trials = jax_flashllm.tune(w, tokens=(8, 32))
+    assert [t.cut for t in trials[:2]] == [own[2], usual[3]]
+    assert [t.microseconds for t in trials[:2]] == [{8: 1.0}, {32: 1.0}]
+    assert len(trials) == len(own) + len(usual)
+    assert (_lookup(by_memory=True), _lookup()) == (own[2], usual[3])
 
 
 def test_tune_says_what_is_wrong():
