@@ -10,7 +10,7 @@ Neither needs memory besides its results. csrc/cuda/encode.cu has the kernels; t
 registered by kernel.py, with all others.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, TypeGuard
 
 import jax
@@ -53,7 +53,7 @@ def encode(
 
     And how many -0.0 every `step`th row has in all.
     """
-    (M, K), (S, rows, cols) = dense.shape, _shard(dense, grid)
+    (M, K), (S, rows, cols) = dense.shape, _shard(dense.shape, grid)
     if rows * cols > _MOST_NONZEROS:
         raise ValueError(
             f"encode: a shard of [{M}, {K}] in {grid} blocks may hold more than 2^35 nonzeros; "
@@ -65,7 +65,7 @@ def encode(
         format = "bitmap"
 
     def counted(**how):
-        check_free(_known(dense, format, grid), device)
+        check_free(_known(dense.shape, format, grid), device)
         return count(dense, format=format, grid=grid, step=step, **how)
 
     known, told = counted(nonzeros=auto)
@@ -74,12 +74,14 @@ def encode(
         format = "tiled_csl"
         known, told = counted()
         read = np.asarray(told)
-    units = [[VECTOR], [0]] if format == "bitmap" else [[CHUNK, VECTOR], [CHUNK // 8, VECTOR // 2]]
-    width = len(units[0])
-    ends = read[: S * width].astype(np.int64).reshape(S, width)
-    values, index = map(int, (ends @ np.transpose(units)).max(0))
+    if format == "bitmap":
+        values, index = VECTOR * max(read[:S].tolist()), 0
+    else:
+        ends = read[: 2 * S].reshape(S, 2).tolist()
+        values = max(CHUNK * chunks + VECTOR * tails for chunks, tails in ends)
+        index = max(CHUNK // 8 * chunks + VECTOR // 2 * tails for chunks, tails in ends)
     sizes = {"capacity": allocated(values, VECTOR), "index_capacity": allocated(index, VECTOR // 2)}
-    check_free(_new(dense, format, grid, **sizes), device)
+    check_free(_new(dense.shape, dense.dtype, format, grid, **sizes), device)
     *index_of, stored = fill(known, dense, format=format, grid=grid, **sizes)
     *masks, offsets = known
     cls = Bitmap if format == "bitmap" else TiledCSL
@@ -99,7 +101,7 @@ def count(dense, *, format, grid, step, nonzeros=False):
     """What is known before the values are, (masks, offsets) or (offsets,); and what the host reads:
     where each shard's offsets end; with `nonzeros` those of each band of a bitmap; and how many
     -0.0 every `step`th row has in all."""
-    known = _call(f"count_{format}", _known(dense, format, grid), dense, grid=grid)
+    known = _call(f"count_{format}", _known(dense.shape, format, grid), dense, grid=grid)
     told = [known[-1][:, -1].reshape(-1)]
     if nonzeros:
         told.append(lax.population_count(known[0]).sum((2, 3), dtype=jnp.uint32).reshape(-1))
@@ -111,12 +113,13 @@ def count(dense, *, format, grid, step, nonzeros=False):
 @partial(jax.jit, static_argnames=("format", "grid", "capacity", "index_capacity"))
 def fill(known, dense, *, format, grid, capacity, index_capacity):
     """[values], or [index, values] of Tiled-CSL."""
-    new = _new(dense, format, grid, capacity, index_capacity)
+    new = _new(dense.shape, dense.dtype, format, grid, capacity, index_capacity)
     return _call(f"fill_{format}", new, *known, dense, grid=grid)
 
 
-def _known(dense, format, grid) -> list[jax.ShapeDtypeStruct]:
-    S, rows, cols = _shard(dense, grid)
+@lru_cache  # a small matrix takes no longer than such work of the host
+def _known(shape, format, grid) -> list[jax.ShapeDtypeStruct]:
+    S, rows, cols = _shard(shape, grid)
     if format == "bitmap":
         bands, tiles, blocks = bitmap.grid_of(rows, cols)
         return [_words(S, bands, tiles, 32), _words(S, bands * blocks + 1)]
@@ -124,9 +127,10 @@ def _known(dense, format, grid) -> list[jax.ShapeDtypeStruct]:
     return [_words(S, bands * blocks + 1, 2)]
 
 
-def _new(dense, format, grid, capacity, index_capacity) -> list[jax.ShapeDtypeStruct]:
-    S, *_ = _shard(dense, grid)
-    values = jax.ShapeDtypeStruct((S, capacity), dense.dtype)
+@lru_cache
+def _new(shape, dtype, format, grid, capacity, index_capacity) -> list[jax.ShapeDtypeStruct]:
+    S, *_ = _shard(shape, grid)
+    values = jax.ShapeDtypeStruct((S, capacity), dtype)
     return [values] if format == "bitmap" else [_words(S, index_capacity), values]
 
 
@@ -139,7 +143,7 @@ def _words(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.uint32)
 
 
-def _shard(dense: jax.Array, grid: tuple[int, int]) -> tuple[int, int, int]:
+def _shard(shape: tuple[int, ...], grid: tuple[int, int]) -> tuple[int, int, int]:
     """Shards, and their rows and columns."""
-    (M, K), (R, C) = dense.shape, grid
+    (M, K), (R, C) = shape, grid
     return R * C, -(-M // R), -(-K // C)
