@@ -46,7 +46,7 @@ class Device:
     warps: int  # warps a CTA whose rings fit into shared memory: a bitmap's
     csl_teams: int = 8  # and Tiled-CSL's teams of two, with a dense block each
     name: str = ""  # model, for what `tune` kept; empty where there is no GPU
-    wgmma: bool = False  # Hopper's own instructions, for more than 32 tokens
+    wgmma: bool = False  # Hopper's own instructions, for more than 16 tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def choose(
     cut: Cut | None = None,
 ) -> Plan:
     """Plans x [tokens, k] times W of `shards` blocks of [rows, k]; cut: other than the model's."""
-    wide = dev.wgmma and format == "bitmap" and n_terms == 1 and tokens > 32
+    wide = dev.wgmma and format == "bitmap" and n_terms == 1 and tokens > 16
     if wide and tokens > MAX_GROUP:
         return _wide(shards * _ceil(rows, 16), _ceil(k, 256), tokens, dev)
     warp_rows = _WARP_ROWS[format]

@@ -95,6 +95,10 @@ def test_many_tokens_lower_to_the_wide_kernel():
     assert "group = 256" in text
     text = _lowered(jax_flashllm.spmm, w, jnp.ones((plan.WIDE_DENSE_TOKENS, 130), jnp.float16))
     assert "flashllm_decode_bitmap_v1" in text
+    text = _lowered(jax_flashllm.spmm, w, jnp.ones((17, 130), jnp.float16))
+    assert "wide = 1" in text
+    assert "group = 32" in text
+    assert "wide = 0" in _lowered(jax_flashllm.spmm, w, jnp.ones((16, 130), jnp.float16))
     # Only a bitmap, and only tokens of its own type.
     text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="tiled_csl"), x)
     assert "wide = 0" in text
@@ -204,14 +208,14 @@ SHAPES = [(1, 1), (64, 64), (768, 768), (4096, 4096), (28672, 7168), (9216, 3686
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_plans_are_sound(shape, format, device):
     m, k = shape
-    for tokens in (1, 8, 9, 64, 65, 5000):
+    for tokens in (1, 8, 9, 17, 64, 65, 5000):
         for terms in (1, 2, 3):
             p = plan.choose(format, m, 1, k, tokens, terms, device)
             bands = -(-m // (16 if format == "bitmap" else 64))
             units = -(-bands // p.warps) * -(-k // (256 if format == "bitmap" else 128))
             if p.wide:
                 assert (device, format, terms) == (H100, "bitmap", 1)
-                assert p.group in (64, 128, 256)
+                assert p.group in (32, 64, 128, 256)
                 units *= -(-p.chunk // p.group)
             else:
                 assert p.group in (8, 16, 32, 64)

@@ -148,14 +148,15 @@ def test_many_tokens_are_exact(shape, density, dtype):
     w = jax_flashllm.encode(dense, format="bitmap")
     x = _integers((1000, shape[1]), dtype)
     ref = dense_product(x, dense).astype(np.float32).astype(dtype)
-    for n in (33, 64, 65, 100, 128, 129, 200, 256, 257, 300, 512, 1000):
+    for n in (17, 32, 33, 64, 65, 100, 128, 129, 200, 256, 257, 300, 512, 1000):
         np.testing.assert_array_equal(np.asarray(_multiply(w, x[:n])), ref[:n], err_msg=f"{n=}")
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_many_tokens_stay_in_bound(dtype, activation):
-    for (m, k), n in zip([(256, 512), (100, 1030), (2048, 4096)], [64, 129, 300], strict=True):
+    shapes = [(256, 512), (100, 1030), (2048, 4096), (1000, 4096)]
+    for (m, k), n in zip(shapes, [64, 129, 300, 20], strict=True):
         dense = sparse_matrix((m, k), dtype, 0.3)
         x, bias = _normals((n, k), dtype), _normals((m,), dtype, seed=2)
         y = _multiply(jax_flashllm.encode(dense, format="bitmap", shards=2), x, bias, activation)
@@ -170,7 +171,7 @@ def test_inf_and_nan_among_many_tokens():
     with np.errstate(invalid="ignore"):
         ref = dense_product(x, dense)
     w = jax_flashllm.encode(dense, format="bitmap")
-    for n in (64, 128, 130):
+    for n in (17, 64, 128, 130):
         y = np.asarray(_multiply(w, x[:n])).astype(np.float64)
         np.testing.assert_array_equal(np.isnan(y), np.isnan(ref[:n]))
         np.testing.assert_array_equal(y[np.isinf(ref[:n])], ref[:n][np.isinf(ref[:n])])
@@ -238,7 +239,7 @@ def test_same_bits_every_time_and_in_every_batch(format, density, invariant, mon
     for _ in range(100):
         np.testing.assert_array_equal(bits(run(w, x)), first)
         np.testing.assert_array_equal(bits(run(w, x[:16])), few)
-    for n in (1, 5, 8, 16, 17, 31, 33, 48):
+    for n in (1, 5, 8, 16, 17, 31, 32, 33, 48):
         np.testing.assert_array_equal(bits(run(w, x[:n])), (first if n > 16 else few)[:n])
     same = invariant or density < 0.5 or format != "bitmap"
     assert (few == first[:16]).all() == same
@@ -458,7 +459,7 @@ def test_garbage_stays_inside_the_buffers():
             broken = [broken, dataclasses.replace(w, index=jnp.full_like(w.index, 2**32 - 1))]
         for f, b in itertools.product((lambda w: jax_flashllm.spmm(w, x), decode), broken):
             jax.block_until_ready(jax.jit(f)(b))
-        for n in (64, 128, 300):
+        for n in (20, 64, 128, 300):
             many = jnp.ones((n, 600), jnp.float16)
             for b in broken:
                 jax.block_until_ready(jax.jit(jax_flashllm.spmm)(b, many))
@@ -647,6 +648,19 @@ def test_a_chain_gives_the_same_bits_every_time_and_in_every_batch(formats):
     for n in (1, 3, 8, 9, 16, 17, 31):
         for a, b in zip(_chain(x[:n], h[:n], stages), first, strict=True):
             np.testing.assert_array_equal(bits(a), b[:n], err_msg=f"{n=}")
+
+
+@pytest.mark.parametrize("shape", [(7168, 2048), (1024, 8192), (520, 192)], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_product_gives_the_same_bits_in_a_chain_and_alone(dtype, shape):
+    """On Hopper 17 tokens or more are multiplied with wgmma alone, with mma in a chain."""
+    w = jax_flashllm.encode(sparse_matrix(shape, dtype, 0.4), "bitmap")
+    bias = jnp.asarray(_normals(shape[:1], dtype, seed=2))
+    x, h = _normals((32, shape[1]), dtype), _normals((32, 64), dtype, seed=3)
+    for n in (1, 16, 17, 24, 32):
+        _, y = _chain(x[:n], h[:n], [Stage(w, bias, "relu")])
+        alone = _multiply(w, x[:n], bias, "relu")
+        np.testing.assert_array_equal(bits(y), bits(alone), err_msg=f"{n=}")
 
 
 @pytest.mark.parametrize("formats", MIXED[:3], ids=str)

@@ -5,9 +5,14 @@
 //   values, masks   HBM ==bulk copies==> rings of shared memory a warp     (bitmap_stream.cuh)
 //   x               L2  ==bulk copies==> a block's four tiles a CTA         (PrepareWide)
 //
-//   tile            | 32 predicated loads = A | 4 wgmma on all tokens, started | scan of the next |
-//                   | tile | done: its x is free | the next tile's values there? else wait        |
-//   early           | 4 wgmma | loads of the next tile | scan of the one after | done | packs ... |
+//   a tile is four steps of 16 columns: eight predicated loads, four packs, a wgmma on all tokens
+//
+//   loads    step 2        step 3        scan, wait for values | next tile's 0, 1
+//   packs        0             1             2             3                        0
+//   wgmma          0 ======>     1 ======>     2 ======>     3 ======>                0 ======>
+//
+// A step's wgmma runs on while later ones are loaded: three more before its registers are needed.
+// For 64 tokens a tile's loads, its four wgmma, and, while those run, the next tile's scan.
 //
 // From 129 tokens on a strip belongs to a cluster of two CTAs, each with half of the bands: each
 // fetches half of x for both.
@@ -22,27 +27,34 @@ namespace {
 
 class ShuffleScan;
 
-// Warps of a CTA that compute, their registers beside the 32 of the warps that load, CTAs that
-// share a strip and its x, how runs are found, and whether the next tile's values are loaded while
-// the tensor cores have this one's, which takes 32 registers.
+// Warps of a CTA that compute, their registers beside the 32 of the warps that load, and CTAs that
+// share a strip and its x. As measured: whether wgmma runs on from step to step (kSteps) or a
+// tile's four are started and awaited together; how runs are found; and whether the start of
+// every pair of weights is counted (kPairs) or one address walks a step.
 template <int kTokens>
 struct Shape;
 template <>
+struct Shape<32> {
+  [[maybe_unused]] static constexpr int kWarps = 16, kRegisters = 112, kCluster = 1;
+  [[maybe_unused]] static constexpr bool kSteps = true, kPairs = true;
+  using Scan = RunScan;
+};
+template <>
 struct Shape<64> {
   [[maybe_unused]] static constexpr int kWarps = 16, kRegisters = 112, kCluster = 1;
-  [[maybe_unused]] static constexpr bool kEarly = false;
+  [[maybe_unused]] static constexpr bool kSteps = false, kPairs = false;
   using Scan = RunScan;
 };
 template <>
 struct Shape<128> {
   [[maybe_unused]] static constexpr int kWarps = 12, kRegisters = 160, kCluster = 1;
-  [[maybe_unused]] static constexpr bool kEarly = true;
-  using Scan = ShuffleScan;
+  [[maybe_unused]] static constexpr bool kSteps = true, kPairs = true;
+  using Scan = RunScan;
 };
 template <>
 struct Shape<256> {
   [[maybe_unused]] static constexpr int kWarps = 8, kRegisters = 232, kCluster = 2;
-  [[maybe_unused]] static constexpr bool kEarly = true;
+  [[maybe_unused]] static constexpr bool kSteps = true, kPairs = false;
   using Scan = ShuffleScan;
 };
 
@@ -95,10 +107,11 @@ class ShuffleScan {
   }
 };
 
+// Two halves a register of a fragment, which hold a step's bits 0 1, 4 5, 2 3, 6 7.
+__device__ constexpr int HalfOfBit(int bit) { return (bit & 1) | (bit & 2) << 1 | (bit & 4) >> 1; }
+
 template <int kStep>
 __device__ __forceinline__ void WalkHalves(uint32_t mask, uint32_t run, uint32_t* h) {
-  // Bits of a step in order of a fragment's registers: 0 1, 4 5, 2 3, 6 7.
-  constexpr int to[8] = {0, 1, 4, 5, 2, 3, 6, 7};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     uint32_t v = 0;
@@ -106,9 +119,28 @@ __device__ __forceinline__ void WalkHalves(uint32_t mask, uint32_t run, uint32_t
       v = ptx::LoadShared16(run);
       run += 2;
     }
-    h[to[i]] = v;
+    h[HalfOfBit(i)] = v;
   }
 }
+
+// The first of a pair starts the pair's run, the second ends it.
+template <int kStep>
+__device__ __forceinline__ void PairHalves(uint32_t mask, const Starts (&pairs)[5],
+                                           uint32_t (&h)[8]) {
+  constexpr int s = kStartOfStep[kStep], kBit = 8 * kStep;
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    uint32_t lo = 0, hi = 0;
+    if (mask & (1u << (kBit + 2 * p))) lo = ptx::LoadShared16(pairs[p][s]);
+    if (mask & (2u << (kBit + 2 * p))) hi = ptx::LoadShared16(pairs[p + 1][s] - 2);
+    h[HalfOfBit(2 * p)] = lo, h[HalfOfBit(2 * p + 1)] = hi;
+  }
+}
+
+template <int k>
+struct Int {
+  static constexpr int value = k;
+};
 
 // ---- epilogue ----
 
@@ -233,7 +265,6 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = Shape<kTokens>;
   constexpr int kN8 = kTokens / 8;
-  constexpr bool kEarly = S::kEarly;
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = ptx::Keep(threadIdx.x & 31);
   const int rank = S::kCluster > 1 ? ptx::ClusterRank() : 0;
@@ -282,10 +313,11 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
   const uint32_t mask_lane = ptx::Keep(mask_ring + lane * 4);
   const typename S::Scan scan(lane);
 
-  uint32_t fragments[4][4];
-  Starts runs, tile = {};  // the next tile
+  uint32_t fragments[4][4], halves[2][8];  // of steps; of those that are being loaded
+  Starts runs, pairs[5], tile = {};        // of the next tile; of this one; where that starts
 
-  // Waits for the values of the tile whose runs these are. `tile` is its end.
+  // Waits for the values of the tile whose runs these are. `tile` is its end. All values of the
+  // tile before it have been loaded: their room may be given back.
   auto await = [&] {
     while (__any_sync(~0u, int(tile[0] - stream.ready) > 0)) {
       if (stream.ready == stream.limit) {  // masks that lie
@@ -300,18 +332,37 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
       }
     }
   };
-  // Two halves a register of a fragment: loads, and packs.
-  uint32_t halves[32];
-  auto take = [&](const Word& mask) {
-    WalkHalves<0>(mask.a[0], runs[kStartOfStep[0]], halves);
-    WalkHalves<1>(mask.a[0], runs[kStartOfStep[1]], halves + 8);
-    WalkHalves<2>(mask.a[0], runs[kStartOfStep[2]], halves + 16);
-    WalkHalves<3>(mask.a[0], runs[kStartOfStep[3]], halves + 24);
+  auto spread = [&](const Word& mask) {
+    if constexpr (S::kPairs) {
+#pragma unroll
+      for (int s = 0; s < 4; ++s) pairs[0][s] = runs[s];
+      scan.template Pair<1>(mask, runs, pairs[1]);
+      scan.template Pair<2>(mask, runs, pairs[2]);
+      scan.template Pair<3>(mask, runs, pairs[3]);
+      scan.template Pair<4>(mask, runs, pairs[4]);
+    }
   };
-  auto pack = [&] {
+  auto load = [&](const Word& mask, auto step) {
+    constexpr int kStep = decltype(step)::value;
+    if constexpr (S::kPairs)
+      PairHalves<kStep>(mask.a[0], pairs, halves[kStep % 2]);
+    else
+      WalkHalves<kStep>(mask.a[0], runs[kStartOfStep[kStep]], halves[kStep % 2]);
+  };
+  uint32_t tile_halves[32];
+  auto walk = [&](const Word& mask) {
+    WalkHalves<0>(mask.a[0], runs[kStartOfStep[0]], tile_halves);
+    WalkHalves<1>(mask.a[0], runs[kStartOfStep[1]], tile_halves + 8);
+    WalkHalves<2>(mask.a[0], runs[kStartOfStep[2]], tile_halves + 16);
+    WalkHalves<3>(mask.a[0], runs[kStartOfStep[3]], tile_halves + 24);
 #pragma unroll
     for (int f = 0; f < 16; ++f)
-      fragments[f / 4][f % 4] = ptx::PackHalves(halves[2 * f], halves[2 * f + 1]);
+      fragments[f / 4][f % 4] = ptx::PackHalves(tile_halves[2 * f], tile_halves[2 * f + 1]);
+  };
+  auto pack = [&](int step) {
+    const uint32_t (&h)[8] = halves[step % 2];
+#pragma unroll
+    for (int f = 0; f < 4; ++f) fragments[step][f] = ptx::PackHalves(h[2 * f], h[2 * f + 1]);
   };
 
   const uint32_t* offset = nullptr;  // of the current block's end
@@ -348,13 +399,19 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
   uint32_t next_mask = ptx::LoadShared32(masks_next + 128);
   scan.Tile(mask, tile, runs, tile);
   await();
-  if constexpr (kEarly) {
-    take(mask);
-    pack();
-    mask = Word(next_mask);
-    scan.Tile(mask, tile, runs, tile);
-    await();
+  if constexpr (S::kSteps) {
+    spread(mask);
+    load(mask, Int<0>());
+    load(mask, Int<1>());
   }
+  auto release = [&](int tile_of_x) {
+    const uint32_t empty = control + kXEmpty + tile_of_x * 8;
+    if constexpr (S::kCluster > 1) {
+      if (lane < S::kCluster) ptx::BarrierArriveAt(empty, lane);
+    } else {
+      if (lane == 0) ptx::BarrierArrive(empty);
+    }
+  };
 
   int i = 0, strip = strip0, begin = block0;
   while (i < count) {
@@ -380,7 +437,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
         uint32_t after = 0;  // the mask two tiles on; none behind the last
         if (j < 2)
           after = ptx::LoadShared32(masks_here + (j + 2) * 128);
-        else if (!kEarly || i + 1 < count)
+        else if (!S::kSteps || i + 1 < count)
           after = ptx::LoadShared32(masks_next + (j - 2) * 128);
         if (j == 1) block_end = __ldg(offset++);
         // The next block's first tile is about to be scanned.
@@ -390,7 +447,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
             if (i + 1 < count) {
               tile[0] = enter(0);
               look(count - i - 1 - min(count - i - 1, a.blocks));
-            } else if (kEarly) {
+            } else if (S::kSteps) {
               tile[0] = stream.limit;
             }
           } else {
@@ -400,46 +457,67 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
           }
           tile[1] = tile[2] = tile[3] = tile[0];
         };
-        if constexpr (!kEarly) {
-          take(mask);
-          pack();
+
+        if constexpr (!S::kSteps) {
+          walk(mask);
           if (j == kBlockTiles - 1) enter_block();
+          ptx::BarrierWait(control + kXFull + j * 8, i & 1);
+          const uint64_t b = x_descriptor + j * (XStageBytes<kTokens>() >> 4);
+          ptx::NamedBarrier(1 + warp / 4, 128);
+          ptx::WgmmaFence();
+#pragma unroll
+          for (int s = 0; s < 4; ++s) ptx::Wgmma<kBf16>(acc, fragments[s], b + 2 * s);
+          ptx::WgmmaCommit();
+          __syncwarp();
+          mask = Word(next_mask);
+          scan.Tile(mask, tile, runs, tile);
+          next_mask = after;
+          ptx::WgmmaWait(acc);
+          release(j);
+          if (j < kBlockTiles - 1 || i + 1 < count) await();
+          continue;
         }
 
-        // ---- mma ----
+        // ---- this tile's steps ----
+        const Word next(next_mask);
         ptx::BarrierWait(control + kXFull + j * 8, i & 1);
         const uint64_t b = x_descriptor + j * (XStageBytes<kTokens>() >> 4);
         // Together, or each warp reads x for itself.
         ptx::NamedBarrier(1 + warp / 4, 128);
-        ptx::WgmmaFence();
-#pragma unroll
-        for (int s = 0; s < 4; ++s) ptx::Wgmma<kBf16>(acc, fragments[s], b + 2 * s);
-        ptx::WgmmaCommit();
-        __syncwarp();  // or the compiler starts them last
+        auto multiply = [&](int step) {
+          pack(step);
+          ptx::WgmmaFence();
+          ptx::Wgmma<kBf16>(acc, fragments[step], b + 2 * step);
+          ptx::WgmmaCommit();
+          __syncwarp();  // or the compiler starts them last
+          ptx::WgmmaWaitAllBut<3>();
+        };
+        multiply(0);
+        load(mask, Int<2>());
+        multiply(1);
+        load(mask, Int<3>());
+        multiply(2);
+        if (j > 0 || i > first) release((j + kXStages - 1) % kXStages);
+        if (j < kBlockTiles - 1) scan.Tile(next, tile, runs, tile);
+        multiply(3);
 
-        // ---- in its shadow ----
-        if constexpr (kEarly) {
-          take(mask);
-          mask = Word(after);
-          if (j != 2) scan.Tile(mask, tile, runs, tile);
-        } else {
-          mask = Word(next_mask);
-          scan.Tile(mask, tile, runs, tile);
-          next_mask = after;
-        }
-        ptx::WgmmaWait(acc);
-        if constexpr (kEarly) pack();
-        if constexpr (S::kCluster > 1) {
-          if (lane < S::kCluster) ptx::BarrierArriveAt(control + kXEmpty + j * 8, lane);
-        } else {
-          if (lane == 0) ptx::BarrierArrive(control + kXEmpty + j * 8);
-        }
-        if (kEarly && j == 2) {
+        // ---- the next tile ----
+        // No loop that waits may lie between two steps of a tile (C7513).
+        if (j == kBlockTiles - 1) {
           enter_block();
-          scan.Tile(mask, tile, runs, tile);
+          scan.Tile(next, tile, runs, tile);
         }
-        if (kEarly || j < kBlockTiles - 1 || i + 1 < count) await();
+        await();
+        mask = next;
+        next_mask = after;
+        spread(mask);
+        load(mask, Int<0>());
+        load(mask, Int<1>());
       }
+    }
+    if constexpr (S::kSteps) {
+      ptx::WgmmaWait(acc);
+      release(kXStages - 1);
     }
     Finish(a, cta, strip, begin == 0, begin + end - first == a.blocks, place, lane, buffer, acc);
     ++strip;
@@ -455,8 +533,9 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
 
 template <typename F>
 cudaError_t ForEachKernel(F f) {
-  for (auto kernel : {WideKernel<false, 64>, WideKernel<true, 64>, WideKernel<false, 128>,
-                      WideKernel<true, 128>, WideKernel<false, 256>, WideKernel<true, 256>})
+  for (auto kernel : {WideKernel<false, 32>, WideKernel<true, 32>, WideKernel<false, 64>,
+                      WideKernel<true, 64>, WideKernel<false, 128>, WideKernel<true, 128>,
+                      WideKernel<false, 256>, WideKernel<true, 256>})
     if (cudaError_t e = f(kernel)) return e;
   return cudaSuccess;
 }
@@ -487,6 +566,8 @@ cudaError_t InitializeBitmapWide() {
 
 cudaError_t BitmapWide(cudaStream_t stream, const Args& a, bool bf16) {
   switch (a.group) {
+    case 32:
+      return LaunchWide<32>(stream, a, bf16);
     case 64:
       return LaunchWide<64>(stream, a, bf16);
     case 128:

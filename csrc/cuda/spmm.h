@@ -49,7 +49,7 @@ struct Plan {
   int warps;      // per CTA; of Tiled-CSL teams of two
   int group;      // tokens a pass over W: 8, 16, 32 or 64
   int64_t chunk;  // tokens of x a round of launches
-  bool wide;      // the kernel for many tokens (bitmap_wide.cu): groups of 64, 128 or 256
+  bool wide;      // the kernel for many tokens (bitmap_wide.cu): groups of 32, 64, 128 or 256
   void* workspace;
   size_t workspace_bytes;
 };

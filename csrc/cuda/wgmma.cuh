@@ -26,6 +26,12 @@ __device__ __forceinline__ void WgmmaWait(float (&c)[kN8][4]) {
   for (int i = 0; i < kN8 * 4; ++i) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
 }
 
+// Waits for all that was committed but the last kCount.
+template <int kCount>
+__device__ __forceinline__ void WgmmaWaitAllBut() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kCount) : "memory");
+}
+
 // The descriptor of B at a multiple of 1024 bytes: 128-byte swizzle, 1024 bytes from eight tokens
 // to the next. 16 columns further on are 2 more.
 __device__ __forceinline__ uint64_t Descriptor(uint32_t address) {
@@ -40,6 +46,11 @@ __device__ __forceinline__ uint64_t Descriptor(uint32_t address) {
 #define FLASHLLM_SUMS64(i) FLASHLLM_SUMS32(i), FLASHLLM_SUMS32(i + 8)
 #define FLASHLLM_SUMS128(i) FLASHLLM_SUMS64(i), FLASHLLM_SUMS64(i + 16)
 
+#define FLASHLLM_WGMMA32(type)                                                                     \
+  "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type \
+  " "                                                                                              \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                       \
+  "{%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
 #define FLASHLLM_WGMMA64(type)                                                                     \
   "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
   " "                                                                                              \
@@ -71,6 +82,18 @@ __device__ __forceinline__ uint64_t Descriptor(uint32_t address) {
   "{%128, %129, %130, %131}, %132, p, 1, 1, 0; }"
 
 // c += A B, 16 columns: started, not awaited.
+template <bool kBf16>
+__device__ __forceinline__ void Wgmma(float (&c)[4][4], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (kBf16)
+    asm volatile(FLASHLLM_WGMMA32("bf16")
+                 : FLASHLLM_SUMS16(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  else
+    asm volatile(FLASHLLM_WGMMA32("f16")
+                 : FLASHLLM_SUMS16(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
 template <bool kBf16>
 __device__ __forceinline__ void Wgmma(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
   if constexpr (kBf16)
@@ -112,6 +135,7 @@ __device__ __forceinline__ void Wgmma(float (&c)[32][4], const uint32_t (&a)[4],
 #undef FLASHLLM_SUMS32
 #undef FLASHLLM_SUMS64
 #undef FLASHLLM_SUMS128
+#undef FLASHLLM_WGMMA32
 #undef FLASHLLM_WGMMA64
 #undef FLASHLLM_WGMMA128
 #undef FLASHLLM_WGMMA256
