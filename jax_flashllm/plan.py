@@ -26,9 +26,9 @@ _WARP_ROWS = {"bitmap": 16, "tiled_csl": 64}
 _UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 MAX_GROUP = 64
 CHAIN_TOKENS = 32  # from 33 on products with wgmma, which chains lack, gain more
-# From so many tokens in W's dtype on, eight passes over W, decoding it once is sure to cost less
-# (docs/kernels.md): passes of 64 tokens, and those of the wide kernel.
-DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 2048
+# From so many tokens in W's dtype on decoding it once costs less (docs/kernels.md) than eight passes
+# of 64 tokens over it, and than four of the wide kernel.
+DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 1024
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
 # The copy of x that the wide kernel reads: this many tokens of it at a time.
