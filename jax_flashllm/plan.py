@@ -3,8 +3,8 @@
 Chosen from shapes, the room for W's values and the device alone, so that it is part of the jit key
 and equal inputs give equal bits. csrc/cuda/spmm.h explains strips and units.
 
-For up to 64 tokens there are two cuts of a W: one for few tokens and a W that is not sparse, where
-memory is the limit (`by_memory`), and one for all else. Sums of another cut are rounded in another
+For up to 64 tokens there are two cuts of a W that is not very sparse: one for few tokens, where
+memory is the limit (`by_memory`), and one for more. Sums of another cut are rounded in another
 order, so a token's last bit depends on which of them its batch takes. In an environment with
 JAX_FLASHLLM_BATCH_INVARIANT=1 all take the second: a token's result is the same in any batch then.
 """
@@ -34,8 +34,10 @@ _TERM_TOKENS = 512
 # The copy of x that the wide kernel reads: this many tokens of it at a time.
 _WIDE_TOKENS = 4096
 _WIDE_WARPS = {128: 12}
-# Up to so many tokens, and from so much of W stored on, memory is a bitmap's limit.
-_FEW_TOKENS, _BY_MEMORY = 16, 0.45
+# Where memory is a bitmap's limit: from so much of W stored on and up to so many tokens. Of the
+# warps that a CTA may have these parts decode fast enough; the fewer, the less all of them have to
+# fetch before they start.
+_BY_MEMORY = ((0.45, 16, (1 / 2, 1 / 4)), (0.35, 8, (3 / 4, 1 / 2)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +112,15 @@ def _units(format: str, rows: int, shards: int, k: int, warps: int) -> tuple[int
     return strips, strips * _ceil(k, _UNIT_COLS[format])
 
 
-def by_memory(format: str, tokens: int, fill: float) -> bool:
-    """Whether memory limits the product, not decoding. fill: the part of W that is stored."""
-    invariant = os.environ.get("JAX_FLASHLLM_BATCH_INVARIANT", "0") != "0"
-    return format == "bitmap" and tokens <= _FEW_TOKENS and fill > _BY_MEMORY and not invariant
+def by_memory(format: str, tokens: int, fill: float) -> int:
+    """The case of _BY_MEMORY, from 1 on, or 0. fill: the part of W that is stored."""
+    if format != "bitmap" or os.environ.get("JAX_FLASHLLM_BATCH_INVARIANT", "0") != "0":
+        return 0
+    cases = enumerate(_BY_MEMORY, 1)
+    return next((i for i, (least, most, _) in cases if fill > least and tokens <= most), 0)
 
 
-def model(format: str, rows: int, shards: int, k: int, dev: Device, by_memory: bool = False) -> Cut:
+def model(format: str, rows: int, shards: int, k: int, dev: Device, by_memory: int = 0) -> Cut:
     """The cut of a shape that nobody measured."""
     if format == "tiled_csl":
         # A unit takes about 8 + warps: the more warps, the less of its latency shows.
@@ -124,17 +128,14 @@ def model(format: str, rows: int, shards: int, k: int, dev: Device, by_memory: b
     else:
         # As measured on an H100 (docs/every-shape.md): a unit takes 4 + warps, and the start of a
         # CTA 2 a warp, whose first loads all others wait for.
-        widths, unit, start = (_ceil(dev.warps, n) for n in (1, 2, 4)), 4, 2
-        if by_memory:  # the fewer warps, the less there is to fetch before all of them start
-            widths = (_ceil(dev.warps, n) for n in (2, 4))
+        parts = _BY_MEMORY[by_memory - 1][2] if by_memory else (1, 1 / 2, 1 / 4)
+        widths, unit, start = (math.ceil(dev.warps * part) for part in parts), 4, 2
     units = {w: _units(format, rows, shards, k, w)[1] for w in widths}
     warps = min(units, key=lambda w: _ceil(units[w], dev.cores) * (unit + w) + start * w)
     return Cut(warps, min(units[warps], dev.cores))
 
 
-def cuts(
-    format: str, rows: int, shards: int, k: int, dev: Device, by_memory: bool = False
-) -> list[Cut]:
+def cuts(format: str, rows: int, shards: int, k: int, dev: Device, by_memory: int = 0) -> list[Cut]:
     """What `tune` tries: the model's choice first, then others."""
     most = dev.warps if format == "bitmap" else dev.csl_teams
     found = [model(format, rows, shards, k, dev, by_memory)]
@@ -239,12 +240,10 @@ _MEASURED = {
     }
 }
 # What `tune` has kept. tuning.py, which multiplies and so lies above this, puts its lookup here.
-tuned: Callable[[str, int, int, int, Device, bool], Cut | None] | None = None
+tuned: Callable[[str, int, int, int, Device, int], Cut | None] | None = None
 
 
-def cut_for(
-    format: str, rows: int, shards: int, k: int, dev: Device, by_memory: bool = False
-) -> Cut:
+def cut_for(format: str, rows: int, shards: int, k: int, dev: Device, by_memory: int = 0) -> Cut:
     """The cut to take: what was measured, or the model's."""
     if _forced:
         return _forced[-1]

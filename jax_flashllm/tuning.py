@@ -1,12 +1,12 @@
 """tune: the fastest cut of the work on this GPU, measured once and kept in a file.
 
-A cut says how the rows of W are shared out (plan.py): warps a CTA, and CTAs. A W that is not sparse
-has two, the one for few tokens by itself.
+A cut says how the rows of W are shared out (plan.py): warps a CTA, and CTAs. A W that is not very
+sparse has two, the one for few tokens by itself (plan.by_memory).
 
     ~/.cache/jax_flashllm/plans-0.1.0-NVIDIA-H100-80GB-HBM3.json   (or under $XDG_CACHE_HOME)
 
     {"bitmap 1x28672x7168": {"warps": 16, "ctas": 132},            format, shards x rows x K
-     "bitmap 1x28672x7168 by memory": {"warps": 8, "ctas": 132}, ...}
+     "bitmap 1x28672x7168 by memory 1": {"warps": 8, "ctas": 132}, ...}
 """
 
 import dataclasses
@@ -171,7 +171,7 @@ def _time(run: Callable, weights: list, xs: list[jax.Array]) -> list[float]:
 
 
 def lookup(
-    format: str, rows: int, shards: int, k: int, gpu: plan.Device, by_memory: bool
+    format: str, rows: int, shards: int, k: int, gpu: plan.Device, by_memory: int
 ) -> plan.Cut | None:
     """The cut that `tune` kept for products of this shape on this GPU model."""
     if not gpu.name:
@@ -183,8 +183,8 @@ def lookup(
 plan.tuned = lookup
 
 
-def _key(format: str, rows: int, shards: int, k: int, by_memory: bool) -> str:
-    return f"{format} {shards}x{rows}x{k}" + " by memory" * by_memory
+def _key(format: str, rows: int, shards: int, k: int, by_memory: int) -> str:
+    return f"{format} {shards}x{rows}x{k}" + (f" by memory {by_memory}" if by_memory else "")
 
 
 def _path(gpu_name: str) -> Path:

@@ -30,11 +30,11 @@ def cache(tmp_path, monkeypatch):
     tuning._load.cache_clear()
 
 
-def _keep(cut, shape=(4096, 4096), by_memory=False):
+def _keep(cut, shape=(4096, 4096), by_memory=0):
     tuning._keep(H100.name, tuning._key("bitmap", shape[0], 1, shape[1], by_memory), cut)
 
 
-def _lookup(shape=(4096, 4096), by_memory=False):
+def _lookup(shape=(4096, 4096), by_memory=0):
     return tuning.lookup("bitmap", shape[0], 1, shape[1], H100, by_memory)
 
 
@@ -43,7 +43,7 @@ def _lookup(shape=(4096, 4096), by_memory=False):
 
 @pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("by_memory", [False, True])
+@pytest.mark.parametrize("by_memory", [0, 1, 2])
 def test_every_cut_makes_a_sound_plan(shape, format, by_memory):
     m, k = shape
     found = plan.cuts(format, m, 1, k, H100, by_memory)
@@ -69,11 +69,11 @@ def test_measured_cuts_take_the_models_place_and_tuned_ones_theirs():
             assert cut in choices[1:]  # the first is the model's
             assert plan.cut_for(format, m, 1, k, gpu) == cut
             assert plan.cut_for(format, m, 2, k, gpu) == plan.model(format, m, 2, k, gpu)
-            for by_memory in (False, True):
+            for by_memory in (0, 1):
                 tuned = next(c for c in choices if c != cut)
                 tuning._keep(name, tuning._key(format, m, 1, k, by_memory), tuned)
                 assert plan.cut_for(format, m, 1, k, gpu, by_memory) == tuned
-                assert plan.cut_for(format, m, 1, k, gpu, True) == (tuned if by_memory else cut)
+                assert plan.cut_for(format, m, 1, k, gpu, 1) == (tuned if by_memory else cut)
 
 
 # ---- the file ----
@@ -86,10 +86,10 @@ def test_what_is_kept_is_found_again(cache):
     assert _lookup() == plan.Cut(8, 132)
     assert _lookup((5, 6)) == plan.Cut(4, 7)
     assert _lookup((6, 5)) is None
-    assert _lookup(by_memory=True) is None
-    _keep(plan.Cut(4, 9), by_memory=True)
-    assert (_lookup(), _lookup(by_memory=True)) == (plan.Cut(8, 132), plan.Cut(4, 9))
-    assert tuning.lookup("tiled_csl", 4096, 1, 4096, H100, False) is None
+    assert _lookup(by_memory=1) is None
+    _keep(plan.Cut(4, 9), by_memory=1)
+    assert (_lookup(), _lookup(by_memory=1)) == (plan.Cut(8, 132), plan.Cut(4, 9))
+    assert tuning.lookup("tiled_csl", 4096, 1, 4096, H100, 0) is None
     (file,) = cache.iterdir()  # nothing temporary stays
     assert file.name == f"plans-{jax_flashllm.__version__}-NVIDIA-Test-GPU-1.json"
 
@@ -97,7 +97,7 @@ def test_what_is_kept_is_found_again(cache):
 def test_each_gpu_model_has_its_own(cache):
     _keep(plan.Cut(8, 132))
     other = plan.Device(cores=132, warps=16, name="NVIDIA Other")
-    assert tuning.lookup("bitmap", 4096, 1, 4096, other, False) is None
+    assert tuning.lookup("bitmap", 4096, 1, 4096, other, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,16 @@ def test_products_take_the_cut_that_was_kept(monkeypatch):
 def test_few_tokens_and_a_w_that_is_not_sparse_have_their_own_cut(format, monkeypatch):
     monkeypatch.setattr(plan, "device", lambda: H100)
     shape, x = (1936, 14848), jnp.ones((17, 14848), jnp.float16)
-    usual, own = (plan.model(format, 1936, 1, 14848, H100, own) for own in (False, True))
-    assert (usual != own) == (format == "bitmap")
-    for one_in, kept in ((2, own), (3, usual)):
-        w = np.arange(math.prod(shape)).reshape(shape) % one_in == 0
+    usual, half, more = (plan.model(format, 1936, 1, 14848, H100, case) for case in range(3))
+    assert len({usual, half, more}) == (3 if format == "bitmap" else 1)
+    places = np.arange(math.prod(shape)).reshape(shape)
+    for w, cuts in (
+        (places % 2 == 0, {1: half, 16: half, 17: usual}),
+        (places % 5 < 2, {1: more, 8: more, 9: usual, 17: usual}),
+        (places % 3 == 0, {1: usual, 16: usual}),
+    ):
         w = jax_flashllm.encode(w.astype(np.float16), format)
-        for n, cut in ((17, usual), (16, kept), (1, kept)):
+        for n, cut in cuts.items():
             text = _lowered(w, x[:n])
             assert f"warps = {cut.warps} : i64" in text
             assert f"ctas = {cut.ctas} : i64" in text
@@ -205,7 +209,7 @@ def test_tune_keeps_a_cut_for_few_tokens_by_itself(monkeypatch):
     monkeypatch.setattr(plan, "device", lambda: H100)
     monkeypatch.setattr(tuning, "_device_of", lambda w: None)
     w = jax_flashllm.encode(np.ones((4096, 4096), np.float16), "bitmap")
-    own, usual = (plan.cuts("bitmap", 4096, 1, 4096, H100, few) for few in (True, False))
+    own, usual = (plan.cuts("bitmap", 4096, 1, 4096, H100, case) for case in (1, 0))
     fast = {8: own[2], 32: usual[3]}
 
     def lower(f, weights, x, rounds):
@@ -218,7 +222,7 @@ def test_tune_keeps_a_cut_for_few_tokens_by_itself(monkeypatch):
     assert [t.cut for t in trials[:2]] == [own[2], usual[3]]
     assert [t.microseconds for t in trials[:2]] == [{8: 1.0}, {32: 1.0}]
     assert len(trials) == len(own) + len(usual)
-    assert (_lookup(by_memory=True), _lookup()) == (own[2], usual[3])
+    assert (_lookup(by_memory=1), _lookup()) == (own[2], usual[3])
 
 
 def test_tune_says_what_is_wrong():
