@@ -26,8 +26,8 @@ _WARP_ROWS = {"bitmap": 16, "tiled_csl": 64}
 _UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 MAX_GROUP = 64
 CHAIN_TOKENS = 32  # from 33 on products with wgmma, which chains lack, gain more
-# From so many tokens in W's dtype on decoding it once costs less (docs/kernels.md) than eight passes
-# of 64 tokens over it, and than four of the wide kernel.
+# From so many tokens in W's dtype on, decoding it once costs less (docs/kernels.md) than eight
+# passes over W of 64 tokens, and than four of the wide kernel.
 DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 1024
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
