@@ -80,7 +80,8 @@ def means(rows: list[dict]) -> None:
                 wanted_here = WANTED.get(sparsity, {}).get(n, 0.97 if n >= 256 else None)
                 of_r = WANTED_OF_R.get(sparsity) if n in FEW else None
                 cells.append(
-                    f"{faster:.2f}" + (f" ({wanted_here})" if wanted_here else "")
+                    (f"{faster:.2f}" if faster >= 1 else f"**{faster:.2f}**")
+                    + (f" ({wanted_here})" if wanted_here else "")
                     + f"; {of_roof:.2f}" + (f" ({of_r})" if of_r else "")
                 )  # fmt: skip
             print(f"| {sparsity:.0%} | " + " | ".join(cells) + " |")
