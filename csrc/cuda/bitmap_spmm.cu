@@ -50,10 +50,11 @@ __device__ __forceinline__ void LoadX(const Args& a, uint32_t control, uint32_t 
                                       int token0, int tokens, int lane) {
   if (lane < a.x_stages) {
     ptx::BarrierInit(control + kXFull + lane * 8, 32);
-    ptx::BarrierInit(control + kXEmpty + lane * 8, a.warps);
+    ptx::BarrierInit(control + kXEmpty + lane * 8, a.warps * kArrivals);
   }
   ptx::FenceBarrierInit();
-  __syncthreads();
+  __syncwarp();
+  ptx::CtaBarrier();
   // Weights depend on nothing before this kernel; x may.
   ptx::WaitForPrevious();
   const uint16_t* const x = a.x + int64_t(token0) * a.x_stride;
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
   }
   ptx::RaiseRegisters<112>();
   if (warp >= a.warps) {
-    __syncthreads();  // with all others
+    ptx::CtaBarrier();  // with all others
     return;
   }
 
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
   tile[0] = tile[1] = tile[2] = tile[3] = enter(block0);
   look(count - min(count, a.blocks - block0));
 
-  __syncthreads();
+  ptx::CtaBarrier();
   int mask_slot = 0;  // of the next stage to wait for
   uint32_t mask_parity = 0;
   auto await_masks = [&] {
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
       // What was read of the stage before this one is in registers.
       const int last = mask_slot + 1 == kMaskStages ? 0 : mask_slot + 1;
       __syncwarp();
-      if (i && lane == 0) ptx::BarrierArrive(mask_empty + last * 8);
+      if (i && Frees(lane)) ptx::BarrierArrive(mask_empty + last * 8);
     } else if (i + 1 < count) {
       await_masks();
     }
@@ -313,7 +314,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
       next_mask = after;
       if (j % X::kTiles == X::kTiles - 1) {
         __syncwarp();
-        if (lane == 0) ptx::BarrierArrive(control + kXEmpty + x_slot * 8);
+        if (Frees(lane)) ptx::BarrierArrive(control + kXEmpty + x_slot * 8);
         if (++x_slot == a.x_stages) x_slot = 0, x_parity ^= 1;
       }
       if (j < kBlockTiles - 1 || i + 1 < count) await();

@@ -131,9 +131,10 @@ __device__ __forceinline__ void LoadValues(const Args& a, uint32_t control, Work
   if (!idle) {
     next = LoadRange(a, band, work.block, blocks);
     for (int i = 0; i < kValueStages; ++i)
-      ptx::BarrierInit(full + i * 8, 1), ptx::BarrierInit(empty + i * 8, 1);
+      ptx::BarrierInit(full + i * 8, 1), ptx::BarrierInit(empty + i * 8, kArrivals);
   }
   ptx::FenceBarrierInit();
+  __syncwarp();
   const uint8_t* from = nullptr;
   uint32_t rest = 0, issued = 0;  // vectors of the strip; stages
   bool done = idle, landed = idle;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void LoadValues(const Args& a, uint32_t control, Work
       rest -= n;
       ++issued;
     }
-    if (i == 0) __syncthreads();  // barriers are there
+    if (i == 0) ptx::CtaBarrier();  // barriers are there
     if (__all_sync(~0u, done)) break;
     if (i >= kValueStages && !__any_sync(~0u, room)) ptx::Sleep(kPollNs);
   }
@@ -181,9 +182,10 @@ __device__ __forceinline__ void LoadMasks(const Args& a, uint32_t control, Work 
   const uint32_t ring = control + kControlBytes + warp * kWarpBytes + kValueRingBytes + kRingTail;
   if (!idle) {
     for (int i = 0; i < kMaskStages; ++i)
-      ptx::BarrierInit(full + i * 8, 1), ptx::BarrierInit(empty + i * 8, 1);
+      ptx::BarrierInit(full + i * 8, 1), ptx::BarrierInit(empty + i * 8, kArrivals);
   }
   ptx::FenceBarrierInit();
+  __syncwarp();
   int strip = work.strip, band = BandAt(a, strip, work.place + warp), block = work.block;
   int left = idle ? 0 : work.count;
   int slot = 0;
@@ -210,7 +212,7 @@ __device__ __forceinline__ void LoadMasks(const Args& a, uint32_t control, Work 
       first = false;
       if (++slot == kMaskStages) slot = 0, parity ^= 1;
     }
-    if (i == 0) __syncthreads();
+    if (i == 0) ptx::CtaBarrier();
     if (!__any_sync(~0u, left)) break;
     if (i >= kMaskStages && !__any_sync(~0u, room)) ptx::Sleep(kPollNs);
   }
@@ -246,7 +248,7 @@ struct Stream {
   // Waits for the next stage. The one before the last is read no more.
   __device__ __forceinline__ bool Wait(int lane) {
     __syncwarp();
-    if (waited >= 2 && lane == 0) ptx::BarrierArrive(empty + (waited - 2) % kValueStages * 8);
+    if (waited >= 2 && Frees(lane)) ptx::BarrierArrive(empty + (waited - 2) % kValueStages * 8);
     ptx::BarrierWait(full + waited % kValueStages * 8, waited / kValueStages & 1);
     const bool wraps = waited % kValueStages == 0 && waited != 0;
     if (wraps) ready -= kValueRingBytes, limit -= kValueRingBytes, origin -= kValueRingBytes;

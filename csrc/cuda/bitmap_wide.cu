@@ -232,7 +232,7 @@ __device__ __forceinline__ void LoadX(const Args& a, uint32_t control, uint32_t 
   ptx::FenceBarrierInit();
   __syncwarp();
   if constexpr (kCluster > 1) ptx::ClusterArrive(), ptx::ClusterWait();
-  __syncthreads();
+  ptx::CtaBarrier();
   // Weights depend on nothing before this kernel; x does.
   ptx::WaitForPrevious();
   const int tiles = a.blocks * kBlockTiles;
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
   look(count - min(count, a.blocks - block0));
 
   if constexpr (S::kCluster > 1) ptx::ClusterWait();
-  __syncthreads();
+  ptx::CtaBarrier();
   int mask_slot = 0;  // of the next stage to wait for
   uint32_t mask_parity = 0;
   auto await_masks = [&] {
@@ -427,7 +427,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
         // What was read of the stage before this one is in registers.
         const int last = mask_slot + 1 == kMaskStages ? 0 : mask_slot + 1;
         __syncwarp();
-        if (i && lane == 0) ptx::BarrierArrive(mask_empty + last * 8);
+        if (i && Frees(lane)) ptx::BarrierArrive(mask_empty + last * 8);
       } else if (i + 1 < count) {
         await_masks();
       }

@@ -212,7 +212,11 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
   }
 }
 
-// All `threads` threads of the CTA that name this barrier. 0 is __syncthreads.
+// All threads of the CTA, wherever in the code their warps are. PTX asks no more of __syncthreads,
+// but synccheck wants all warps at one place of the code for that.
+__device__ __forceinline__ void CtaBarrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
+// All `threads` threads of the CTA that name this barrier. 0 is CtaBarrier's and __syncthreads.
 __device__ __forceinline__ void NamedBarrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }

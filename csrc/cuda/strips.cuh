@@ -42,6 +42,18 @@ __device__ inline int64_t PartialIndex(const Args& a, int group, int cta, int sl
   return i * 32;  // float4s
 }
 
+// ---- stages ----
+
+// Lane 0 frees a stage for its warp, after a __syncwarp. racecheck counts what the threads that
+// arrive have read, not what they know of others: in a build for it all lanes arrive.
+#ifdef FLASHLLM_RACECHECK
+constexpr int kArrivals = 32;
+#else
+constexpr int kArrivals = 1;
+#endif
+
+__device__ __forceinline__ bool Frees(int lane) { return kArrivals == 32 || lane == 0; }
+
 // ---- epilogue ----
 
 __device__ inline float LoadFloat(const void* p, Type type, int64_t i) {

@@ -128,13 +128,6 @@ __device__ __forceinline__ void StreamW(const Args& a, uint32_t control, uint32_
   const uint32_t ring =
       rings + (kIndex ? teams * L::kValueRing + team * L::kIndexRing : team * L::kValueRing);
   bool done = team >= teams;
-  if (!done) {
-    for (int i = 0; i < kStages; ++i) ptx::BarrierInit(full + i * 8, 1);
-    ptx::StoreShared32(used, 0);
-  }
-  ptx::FenceBarrierInit();
-  __syncwarp();
-
   // The segment to come: its offsets are asked for a segment ahead.
   uint2 begin, end;
   int shard;
@@ -148,8 +141,7 @@ __device__ __forceinline__ void StreamW(const Args& a, uint32_t control, uint32_
   uint32_t rest = 0;    // vectors of the segment to come
   uint32_t phase = 0;   // of its next stage that lie before it
   uint32_t issued = 0;  // stages
-  for (int i = 0; i <= kStages || !__all_sync(~0u, done); ++i) {
-    if (i == kStages) __syncthreads();  // barriers and dense blocks are ready
+  while (!__all_sync(~0u, done)) {
     while (!done && rest == 0) {
       if (left == 0) {
         done = true;
@@ -183,18 +175,33 @@ __device__ __forceinline__ void StreamW(const Args& a, uint32_t control, uint32_
   }
 }
 
+// Barriers of the two streams and of x, a warp each; x of tokens that do not exist is zero.
+template <int kN8>
+__device__ __forceinline__ void InitStages(const Args& a, uint32_t control, uint32_t x_ring,
+                                           int tokens, int loader, int lane) {
+  using L = Layout<kN8>;
+  if (loader < 2) {
+    const int stream = lane * 2 + loader;
+    if (lane < a.warps / 2) {
+      for (int i = 0; i < kStages; ++i) ptx::BarrierInit(control + stream * L::kStream + i * 8, 1);
+      ptx::StoreShared32(control + L::kUsed + stream * 4, 0);
+    }
+  } else if (loader == 2) {
+    if (lane < L::kXStages) {
+      ptx::BarrierInit(control + L::kX + lane * 16, kXArrivals);
+      ptx::BarrierInit(control + L::kX + lane * 16 + 8, a.warps * kArrivals);
+    }
+    for (int stage = 0; stage < L::kXStages; ++stage)
+      for (int i = tokens * kTokenStride + lane * 16; i < L::kXBytes; i += 512)
+        ptx::ZeroShared128(x_ring + stage * L::kXBytes + i);
+  }
+  ptx::FenceBarrierInit();
+}
+
 template <int kN8>
 __device__ __forceinline__ void StreamX(const Args& a, uint32_t barriers, uint32_t ring, int group,
                                         int block, int count, int lane) {
   using L = Layout<kN8>;
-  // Tokens that do not exist stay zero.
-  for (int i = lane; i < L::kXStages * L::kXBytes / 16; i += 32) ptx::ZeroShared128(ring + i * 16);
-  if (lane < L::kXStages) {
-    ptx::BarrierInit(barriers + lane * 16, kXArrivals);
-    ptx::BarrierInit(barriers + lane * 16 + 8, a.warps);
-  }
-  ptx::FenceBarrierInit();
-  __syncthreads();
   ptx::WaitForPrevious();  // weights depend on nothing before this kernel; x may
   const int token0 = group * kN8 * 8, tokens = min(kN8 * 8, a.tokens - token0);
   const uint16_t* const x = a.x + token0 * a.x_stride;
@@ -225,7 +232,8 @@ template <bool kBf16, int kN8>
 __global__ void __launch_bounds__(kThreads, 1) TiledCslKernel(const __grid_constant__ Args a) {
   using L = Layout<kN8>;
   extern __shared__ __align__(128) uint8_t shared[];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = blockIdx.y;
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  const int group = blockIdx.y;
   const int cta = static_cast<int>(blockIdx.x);
   const int64_t unit0 = FirstUnit(a, cta);
   const int count = static_cast<int>(FirstUnit(a, cta + 1) - unit0);
@@ -239,6 +247,10 @@ __global__ void __launch_bounds__(kThreads, 1) TiledCslKernel(const __grid_const
   const uint32_t rings = control + L::Rings(teams, control);
   // Sums of many tokens take the registers that warps which load do not need.
   constexpr bool kTrade = kN8 >= 4;
+  if (warp >= kTeamWarps)
+    InitStages<kN8>(a, control, x_ring, min(kN8 * 8, a.tokens - group * kN8 * 8), warp - kTeamWarps,
+                    lane);
+  __syncthreads();
   if (warp >= kTeamWarps) {
     if (kTrade) ptx::LowerRegisters<32>();
     if (warp == kTeamWarps)
@@ -306,7 +318,8 @@ __global__ void __launch_bounds__(kThreads, 1) TiledCslKernel(const __grid_const
 
   for (uint32_t i = lane + half * 32; i < kScratchBytes / 16; i += 64)
     ptx::ZeroShared128(scratch + i * 16);
-  __syncthreads();
+  auto team_sync = [&] { ptx::NamedBarrier(team + 1, 64); };
+  team_sync();
 
   // ---- scatter ----
   constexpr uint32_t kValueMask = L::kValueRing - 1;
@@ -384,10 +397,9 @@ __global__ void __launch_bounds__(kThreads, 1) TiledCslKernel(const __grid_const
       }
     }
     __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(control + L::kX + x_slot * 16 + 8);
+    if (Frees(lane)) ptx::BarrierArrive(control + L::kX + x_slot * 16 + 8);
     if (++x_slot == L::kXStages) x_slot = 0, x_parity ^= 1;
   };
-  auto team_sync = [&] { ptx::NamedBarrier(team + 1, 64); };
 
   for (int i = 0; i < count; ++i) {
     if (i == 0 || block % kSegment == 0) enter(count - i);
