@@ -2,6 +2,8 @@
 
     compute-sanitizer --tool memcheck python tests/stress/sanitize_gpu.py
     compute-sanitizer --tool memcheck python tests/stress/sanitize_gpu.py --garbage 200
+    compute-sanitizer --tool racecheck --num-cuda-barriers 1024 python tests/stress/sanitize_gpu.py
+        --one-warp
 
 Handlers are called as XLA calls them, through a call frame, here made by ctypes; memory comes from
 the CUDA driver. Products, chains of them, decoding, sampling and encoding of small weights and
@@ -9,11 +11,14 @@ attention over small caches reach every kernel: each group of tokens, x in terms
 each head size.
 The last line names the handlers that were not called. --garbage changes offsets, masks, codes,
 positions and lengths first: results are then any numbers, but no access may leave a buffer.
+--one-warp: bitmaps alone, by CTAs with one warp that computes (docs/reliability.md says why).
 --host runs the CPU's handlers, which checks this script where there is no GPU.
 """
 
 import argparse
+import contextlib
 import ctypes as c
+import dataclasses
 import itertools
 import math
 import os
@@ -347,6 +352,7 @@ def valid(run: Runtime, quick: bool) -> int:
         count += 4
     if run.host:
         return count
+    count += long_strips(run, quick)
     # 2048 tokens, for which W is decoded and XLA multiplies.
     for format in FORMATS:
         dense, w = weight((40, 136), np.float16, 0.3, format, 1, 0)
@@ -354,7 +360,7 @@ def valid(run: Runtime, quick: bool) -> int:
         assert_product(spmm(run, w, x, None, None), x, dense, None, None)
         count += 1
     for i, (format, dtype) in enumerate(itertools.product(FORMATS, HALVES)):
-        for n in (1, 40) if quick else (1, 12, 20, 40, 64):
+        for n in (1, 20) if quick else (1, 12, 20, 32):
             H, F = [(64, 192), (320, 1088), (1024, 256)][(count + i) % 3]
             stages, coded = row(format, dtype, H, F, count)
             rng = np.random.default_rng(count)
@@ -373,6 +379,26 @@ def valid(run: Runtime, quick: bool) -> int:
             g, e = (np.asarray(a, np.float32) for a in (g, e))
             np.testing.assert_allclose(g, e, rtol=tolerance, atol=tolerance)
         count += 1
+    return count
+
+
+def long_strips(run: Runtime, quick: bool, cut: plan.Cut | None = None) -> int:
+    """Products by few CTAs, where every ring comes round, some often."""
+    device, count = plan.device(), 0
+    plan.device = lambda: dataclasses.replace(device, cores=2)
+    for i, (format, n) in enumerate(itertools.product(FORMATS, (3, 12, 20, 40, 100, 200))):
+        if (quick and i % 2) or (cut and (n > plan.MAX_GROUP or format != "bitmap")):
+            continue
+        dtype = HALVES[i % 2]
+        token = FLOATS[0] if n == 20 else dtype  # in terms: 64 tokens a group
+        shape, density, shards = [((200, 4160), 0.3, 1), ((700, 1100), 0.9, 2)][i // 2 % 2]
+        dense, w = weight(shape, dtype, density, format, shards, i)
+        x = np.random.default_rng(i).standard_normal((n, shape[1]), np.float32).astype(token)
+        with plan.forced(cut) if cut else contextlib.nullcontext():
+            y = spmm(run, w, x, None, None)
+        assert_product(y, x, dense, None, None)
+        count += 1
+    plan.device = lambda: device
     return count
 
 
@@ -411,7 +437,7 @@ def garbage(run: Runtime, count: int, seed: int) -> int:
             operands[3] = rng.integers(0, 256, operands[3].shape, np.uint8).view(bool)
             operands[4] = rng.integers(-(2**31), 2**31)
             calls.append((attend, *operands))
-            if square and n <= 64:
+            if square and n <= 32:
                 h = rng.standard_normal((n, shape[0]), np.float32).astype(dtype)
                 stages = [(w, None, None, True), (w, None, "relu"), (w, None, None, True)]
                 calls.append((chain, x.astype(dtype), h, stages))
@@ -428,10 +454,13 @@ def main() -> None:
     parser.add_argument("--garbage", type=int, default=0, help="damaged weights instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="fewer numbers of tokens")
+    parser.add_argument("--one-warp", action="store_true", help="for racecheck")
     parser.add_argument("--host", action="store_true")
     options = parser.parse_args()
     run, start = Runtime(options.host), time.monotonic()
-    if options.garbage:
+    if options.one_warp:
+        done = f"{long_strips(run, options.quick, plan.Cut(1, 2))} products by one warp, all right"
+    elif options.garbage:
         refused = garbage(run, options.garbage, options.seed)
         done = f"{options.garbage} damaged weights, {refused} calls refused"
     else:

@@ -1,6 +1,6 @@
-// What compute-sanitizer makes of two habits of the main loops (csrc/cuda/bitmap_stream.cuh), each
-// beside the same thing said otherwise. The table (an H100, compute-sanitizer 2025.3.1) is of the two
-// programs that this one was put together from, with the same instructions; it has not run itself.
+// What compute-sanitizer makes of habits of the main loops (csrc/cuda/bitmap_stream.cuh), each
+// beside the same thing said otherwise. The table is of an H100 and compute-sanitizer 2025.3.1;
+// those of ring_wrong, one_lane and two_lanes are of programs with the same rings, not of this one.
 //
 //   nvcc -std=c++17 -O2 -arch=sm_90a -lineinfo tests/stress/sanitizer_cases.cu -o sanitizer_cases
 //   compute-sanitizer --tool racecheck ./sanitizer_cases ring
@@ -9,6 +9,8 @@
 //   errors
 //               ring_all      every lane frees it                                   right   0
 //               ring_wrong    the same, and the copies do not wait for it           wrong   2
+//               one_lane      as ring_all                                           right   0
+//               two_lanes     two such rings, filled by two lanes of one warp       right   1
 //   synccheck   sites         warps meet at the CTA's barrier from two places       right   errors
 //               sites_any     the same by barrier.sync, whose threads need not      right   0
 //                             come from one place
@@ -95,6 +97,40 @@ __global__ void Ring(const uint32_t* from, uint32_t* to) {
   }
 }
 
+// As ring_all, with kRings rings: one warp fills them, a lane a ring, and a warp each reads them.
+template <int kRings>
+__global__ void Lanes(const uint32_t* from, uint32_t* to) {
+  __shared__ __align__(128) uint32_t rings[kRings][kStages][kWords];
+  __shared__ __align__(8) uint64_t barriers[kRings][2 * kStages];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int ring = warp < kRings ? warp : lane % kRings;
+  const uint32_t full = At(barriers[ring]), empty = full + kStages * 8;
+  if (warp == kRings && lane < kRings)
+    for (int i = 0; i < kStages; ++i) Init(full + i * 8, 1), Init(empty + i * 8, 32);
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  if (warp == kRings) {
+    for (int i = 0; lane < kRings && i < kRounds; ++i) {
+      const int slot = i % kStages;
+      Wait(empty + slot * 8, i / kStages & 1 ^ 1);
+      Copy(At(rings[ring][slot]), from + i * kWords, kWords * 4, full + slot * 8);
+    }
+    return;
+  }
+  for (int i = 0; i < kRounds; ++i) {
+    const int slot = i % kStages;
+    Wait(full + slot * 8, i / kStages & 1);
+    uint32_t v[2];
+    for (int k = 0; k < 2; ++k)
+      asm volatile("ld.shared.u32 %0, [%1];"
+                   : "=r"(v[k])
+                   : "r"(At(rings[warp][slot] + k * 32 + lane)));
+    Arrive(empty + slot * 8);
+    if (warp == 0)
+      for (int k = 0; k < 2; ++k) to[i * kWords + k * 32 + lane] = v[k];
+  }
+}
+
 template <bool kAny>
 __device__ void Meet() {
   if (kAny)
@@ -127,10 +163,9 @@ int main(int argc, char** argv) {
     const char* name;
     int threads;
     void (*kernel)(const uint32_t*, uint32_t*);
-  } cases[] = {{"ring", 64, Ring<false, true>},
-               {"ring_all", 64, Ring<true, true>},
-               {"ring_wrong", 64, Ring<true, false>},
-               {"sites", 256, Sites<false>},
+  } cases[] = {{"ring", 64, Ring<false, true>},       {"ring_all", 64, Ring<true, true>},
+               {"ring_wrong", 64, Ring<true, false>}, {"one_lane", 64, Lanes<1>},
+               {"two_lanes", 96, Lanes<2>},           {"sites", 256, Sites<false>},
                {"sites_any", 256, Sites<true>}};
   for (const auto& c : cases) {
     if (argc > 1 && std::strcmp(argv[1], c.name)) continue;
