@@ -57,22 +57,19 @@ __device__ __forceinline__ bool Frees(int lane) { return kArrivals == 32 || lane
 // ---- epilogue ----
 
 __device__ inline float LoadFloat(const void* p, Type type, int64_t i) {
-  switch (type) {
-    case Type::kF16:
-      return __half2float(static_cast<const __half*>(p)[i]);
-    case Type::kBF16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-    default:
-      return static_cast<const float*>(p)[i];
-  }
+  if (type == Type::kF32) return static_cast<const float*>(p)[i];
+  // One load for both: where each type has its own branch, loads wait for each other.
+  const uint16_t v = static_cast<const uint16_t*>(p)[i];
+  const float bf16 = __bfloat162float(__ushort_as_bfloat16(v));
+  return type == Type::kBF16 ? bf16 : __half2float(__ushort_as_half(v));
 }
 
 // act(sum + bias of its row) + residual, rounded to y's type. i: row + token * rows.
-__device__ inline void Store(const Output& out, int64_t i, float bias, float sum) {
+__device__ inline void Store(const Output& out, int64_t i, float bias, float residual, float sum) {
   if (out.bias) sum += bias;
   if (out.activation == 1) sum = sum < 0.0f ? 0.0f : sum;  // keeps NaN
   if (out.activation == 2) sum = 0.5f * sum * erfcf(-0.70710678118654752f * sum);
-  if (out.residual) sum += LoadFloat(out.residual, out.type, i);
+  if (out.residual) sum += residual;
   switch (out.type) {
     case Type::kF16:
       static_cast<__half*>(out.y)[i] = __float2half_rn(sum);
@@ -89,18 +86,43 @@ __device__ inline float LoadBias(const Output& out, int64_t row) {
   return out.bias ? LoadFloat(out.bias, out.bias_type, row) : 0.0f;
 }
 
-// The 16 x 8 sums of one warp, as mma leaves them: rows g, g + 8, tokens 2 t, 2 t + 1.
+__device__ inline float LoadResidual(const Output& out, int64_t i) {
+  return out.residual ? LoadFloat(out.residual, out.type, i) : 0.0f;
+}
+
+// What the 16 x 8 sums of one warp have added, as mma leaves them: rows g, g + 8, tokens 2 t,
+// 2 t + 1.
+struct Addends {
+  float bias[2], residual[4];
+};
+
+__device__ inline Addends LoadAddends(const Args& a, const Band& band, int token0, int lane) {
+  const int g = lane >> 2, token = token0 + (lane & 3) * 2;
+  Addends to = {};
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    if (g + upper * 8 >= band.valid) break;
+    const int64_t row = band.row0 + g + upper * 8, i = token * a.out.rows + row;
+    to.bias[upper] = LoadBias(a.out, row);
+    if (token < a.tokens) to.residual[upper * 2] = LoadResidual(a.out, i);
+    if (token + 1 < a.tokens) to.residual[upper * 2 + 1] = LoadResidual(a.out, i + a.out.rows);
+  }
+  return to;
+}
+
 __device__ inline void StoreFragment(const Args& a, const Band& band, int token0, int lane,
                                      float4 c) {
+  const Addends add = LoadAddends(a, band, token0, lane);
   const int g = lane >> 2, token = token0 + (lane & 3) * 2;
   const float sums[4] = {c.x, c.y, c.z, c.w};
 #pragma unroll
   for (int upper = 0; upper < 2; ++upper) {
     if (g + upper * 8 >= band.valid) break;
     const int64_t row = band.row0 + g + upper * 8, i = token * a.out.rows + row;
-    const float bias = LoadBias(a.out, row);
-    if (token < a.tokens) Store(a.out, i, bias, sums[upper * 2]);
-    if (token + 1 < a.tokens) Store(a.out, i + a.out.rows, bias, sums[upper * 2 + 1]);
+    const int r = upper * 2;
+    if (token < a.tokens) Store(a.out, i, add.bias[upper], add.residual[r], sums[r]);
+    if (token + 1 < a.tokens)
+      Store(a.out, i + a.out.rows, add.bias[upper], add.residual[r + 1], sums[r + 1]);
   }
 }
 

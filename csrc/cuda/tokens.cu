@@ -122,6 +122,23 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
 constexpr int kNormSplit = 4, kNormThreads = 128;  // CTAs of a cluster, which share a token
 constexpr int kNormKept = 4;                       // 16-byte pieces a thread
 
+// Numbers i to i + 7, or all `absent` where there are none: loads that do not wait for each other.
+__device__ inline void LoadEight(const void* p, Type type, int64_t i, float absent,
+                                 float (&to)[8]) {
+  if (!p || type == Type::kF32) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) to[j] = p ? static_cast<const float*>(p)[i + j] : absent;
+    return;
+  }
+  const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + i);
+  const uint32_t* const words = reinterpret_cast<const uint32_t*>(&v);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint16_t half = static_cast<uint16_t>(words[j / 2] >> j % 2 * 16);
+    to[j] = ToFloat(half, type == Type::kBF16);
+  }
+}
+
 // The sum over the CTA's threads, in a fixed order.
 __device__ float SumOverCta(float v) {
   __shared__ float warps[32];
@@ -191,12 +208,11 @@ __global__ void __launch_bounds__(1024, 2) NormKernel(const __grid_constant__ No
   const float scale = 1.0f / sqrtf(squares / static_cast<float>(a.width) + a.epsilon);
   each([&](int piece, uint4& v) {
     uint32_t halves[8];
-    numbers(v, [&](int i, float x) {
-      const int64_t column = int64_t(piece) * 8 + i;
-      const float by = a.scale ? LoadFloat(a.scale, a.scale_type, column) : 1.0f;
-      const float add = a.shift ? LoadFloat(a.shift, a.shift_type, column) : 0.0f;
-      halves[i] = ToHalf((x - mean) * scale * by + add, kBf16);
-    });
+    float by[8], add[8];
+    LoadEight(a.scale, a.scale_type, int64_t(piece) * 8, 1.0f, by);
+    LoadEight(a.shift, a.shift_type, int64_t(piece) * 8, 0.0f, add);
+    numbers(
+        v, [&](int i, float x) { halves[i] = ToHalf((x - mean) * scale * by[i] + add[i], kBf16); });
     reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.y) + at)[piece] =
         make_uint4(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16,
                    halves[4] | halves[5] << 16, halves[6] | halves[7] << 16);
@@ -240,7 +256,8 @@ __global__ void __launch_bounds__(kThreads) CombineTermsKernel(const __grid_cons
     }
   }
   const int64_t y_row = band.row0 + row % 16;
-  Store(a.out, token * a.out.rows + y_row, LoadBias(a.out, y_row), total * unscale);
+  const int64_t i = token * a.out.rows + y_row;
+  Store(a.out, i, LoadBias(a.out, y_row), LoadResidual(a.out, i), total * unscale);
 }
 
 }  // namespace
