@@ -64,11 +64,17 @@ __device__ inline float LoadFloat(const void* p, Type type, int64_t i) {
   return type == Type::kBF16 ? bf16 : __half2float(__ushort_as_half(v));
 }
 
-// act(sum + bias of its row) + residual, rounded to y's type. i: row + token * rows.
-__device__ inline void Store(const Output& out, int64_t i, float bias, float residual, float sum) {
+// act(sum + bias of its row)
+__device__ inline float Activated(const Output& out, float bias, float sum) {
   if (out.bias) sum += bias;
   if (out.activation == 1) sum = sum < 0.0f ? 0.0f : sum;  // keeps NaN
   if (out.activation == 2) sum = 0.5f * sum * erfcf(-0.70710678118654752f * sum);
+  return sum;
+}
+
+// act(sum + bias of its row) + residual, rounded to y's type. i: row + token * rows.
+__device__ inline void Store(const Output& out, int64_t i, float bias, float residual, float sum) {
+  sum = Activated(out, bias, sum);
   if (out.residual) sum += residual;
   switch (out.type) {
     case Type::kF16:

@@ -4,7 +4,8 @@
 namespace flashllm::cuda {
 namespace {
 
-constexpr int kThreads = 256, kCombineThreads = 128;
+constexpr int kThreads = 256, kCombineBands = 4, kCombineThreads = kCombineBands * 32;
+constexpr int kCombineN8 = 4;  // from 64 tokens on: one wave of CTAs
 
 __device__ inline uint16_t ToHalf(float v, bool bf16) {
   return bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v));
@@ -86,35 +87,110 @@ __global__ void __launch_bounds__(kThreads)
   reinterpret_cast<uint4*>(out)[i] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Sums of the strips that several CTAs share, in order of K: one warp 16 rows x 8 tokens. Small
-// CTAs, that find room beside the main loop's last ones and have all but the sums when those end.
+// As Store, up to four rows of a 16-bit y.
+__device__ inline void Store4(const Output& out, int64_t i, int rows, const float (&bias)[4],
+                              float4 sum) {
+  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+  uint16_t* const y = static_cast<uint16_t*>(out.y) + i;
+  const uint16_t* const residual = static_cast<const uint16_t*>(out.residual) + i;
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 8 == 0; };
+  const bool bf16 = out.type == Type::kBF16;
+  uint16_t old[4], halves[4];
+  if (out.residual) {
+    const bool whole = rows == 4 && aligned(residual);
+    const uint2 v = whole ? *reinterpret_cast<const uint2*>(residual) : uint2{};
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      old[r] = static_cast<uint16_t>((r < 2 ? v.x : v.y) >> r % 2 * 16);
+      if (!whole && r < rows) old[r] = residual[r];
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    float v = Activated(out, bias[r], sums[r]);
+    if (out.residual) v += ToFloat(old[r], bf16);
+    halves[r] = ToHalf(v, bf16);
+  }
+  if (rows == 4 && aligned(y)) {
+    *reinterpret_cast<uint2*>(y) =
+        make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
+  } else {
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      if (r < rows) y[r] = halves[r];
+  }
+}
+
+// Sums of the strips that several CTAs share, in order of K: one warp 16 rows x 8 tokens, kN8
+// times. By way of shared memory y is then written in pieces of 128 bytes, the rows of a CTA's four
+// warps. Small CTAs, that find room beside the main loop's last ones and have all but the sums when
+// those end.
+template <int kN8>
 __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_constant__ Args a) {
-  constexpr int kAtATime = 8;
-  const int lane = threadIdx.x % 32, n8s = a.group / 8, strip = blockIdx.x;
+  constexpr int kAtATime = 8 / kN8;
+  constexpr int kTokenFloats = kCombineBands * 16 + 4;  // no bank conflicts
+  __shared__ __align__(16) float sums[kN8][8][kTokenFloats];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strip = blockIdx.x;
   const int group = blockIdx.z, group_of_tokens = group + strip % a.strip_groups;
-  const int index = (blockIdx.y * kCombineThreads + threadIdx.x) / 32;
-  const int strip_band = index / n8s, n8 = index % n8s;
+  const int ctas_of_band = a.group / 8 / kN8, n8 = blockIdx.y % ctas_of_band * kN8;
+  const int strip_band0 = blockIdx.y / ctas_of_band * kCombineBands;
   const int first = CtaOf(a, strip * a.blocks), last = CtaOf(a, (strip + 1) * a.blocks - 1);
   const int64_t stride = PartialIndex(a, 0, 1, 0, 0, 0);
   const float4* from = reinterpret_cast<const float4*>(a.partial) + lane +
-                       PartialIndex(a, group, first + 1, 0, strip_band, n8);
+                       PartialIndex(a, group, first + 1, 0, strip_band0 + warp, n8);
   const float4* own = from + PartialIndex(a, 0, 0, 1, 0, 0) - stride;
-  const Band band = BandOf(a, strip / a.strip_groups * StripBands(a) + strip_band);
+  // Of y: four rows of one of eight tokens.
+  const int piece = threadIdx.x % (kCombineBands * 4), in_eight = threadIdx.x / (kCombineBands * 4);
+  const int out_band = strip_band0 + piece / 4;
+  const Band band = BandOf(a, strip / a.strip_groups * StripBands(a) + out_band);
+  const int rows = out_band < StripBands(a) ? min(4, band.valid - piece % 4 * 4) : 0;
+  const int64_t row = band.row0 + piece % 4 * 4;
   ptx::LaunchDependents();
   // All warps wait: a grid that ended before its predecessor would set the next one free.
   ptx::WaitForPrevious();
-  if (first == last || strip_band >= StripBands(a)) return;
-  float4 sum = __ldcg(own);
-  for (int c = first + 1; c <= last; c += kAtATime, from += kAtATime * stride) {
-    float4 p[kAtATime];
+  if (first == last) return;
+  if (strip_band0 + warp < StripBands(a)) {
+    float4 sum[kN8];
 #pragma unroll
-    for (int i = 0; i < kAtATime; ++i)
-      if (c + i <= last) p[i] = __ldcg(from + i * stride);
+    for (int j = 0; j < kN8; ++j) sum[j] = __ldcg(own + j * 32);
+    for (int c = first + 1; c <= last; c += kAtATime, from += kAtATime * stride) {
+      float4 p[kAtATime][kN8];
 #pragma unroll
-    for (int i = 0; i < kAtATime; ++i)
-      if (c + i <= last) sum.x += p[i].x, sum.y += p[i].y, sum.z += p[i].z, sum.w += p[i].w;
+      for (int i = 0; i < kAtATime; ++i) {
+#pragma unroll
+        for (int j = 0; j < kN8; ++j)
+          if (c + i <= last) p[i][j] = __ldcg(from + i * stride + j * 32);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtATime; ++i) {
+#pragma unroll
+        for (int j = 0; j < kN8; ++j)
+          if (c + i <= last)
+            sum[j].x += p[i][j].x, sum[j].y += p[i][j].y, sum[j].z += p[i][j].z,
+                sum[j].w += p[i][j].w;
+      }
+    }
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int j = 0; j < kN8; ++j) {
+      float* const to = &sums[j][2 * t][warp * 16 + g];
+      to[0] = sum[j].x, to[kTokenFloats] = sum[j].y;
+      to[8] = sum[j].z, to[kTokenFloats + 8] = sum[j].w;
+    }
   }
-  StoreFragment(a, band, (group_of_tokens * n8s + n8) * 8, lane, sum);
+  __syncthreads();
+  if (rows > 0) {
+    float bias[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) bias[r] = r < rows ? LoadBias(a.out, row + r) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kN8; ++j) {
+      const int64_t token = int64_t(group_of_tokens * (a.group / 8) + n8 + j) * 8 + in_eight;
+      if (token >= a.tokens) break;
+      const float4 sum = *reinterpret_cast<const float4*>(&sums[j][in_eight][piece * 4]);
+      Store4(a.out, token * a.out.rows + row, rows, bias, sum);
+    }
+  }
 }
 
 // ---- LayerNorm ----
@@ -278,9 +354,11 @@ cudaError_t PrepareWide(cudaStream_t stream, const uint16_t* x, int64_t n, int64
 }
 
 cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap) {
-  const int64_t threads = StripBands(a) * (a.group / 8) * 32;
-  const dim3 grid(a.strips, static_cast<unsigned>(CeilDiv(threads, kCombineThreads)), a.groups);
-  return Launch(stream, CombineKernel, grid, kCombineThreads, 0, overlap, a);
+  const int n8s = a.group / 8, n8 = n8s < 8 ? 1 : kCombineN8;
+  const auto kernel = n8 == 1 ? CombineKernel<1> : CombineKernel<kCombineN8>;
+  const dim3 grid(a.strips, static_cast<unsigned>(CeilDiv(StripBands(a), kCombineBands) * n8s / n8),
+                  a.groups);
+  return Launch(stream, kernel, grid, kCombineThreads, 0, overlap, a);
 }
 
 cudaError_t LayerNorm(cudaStream_t stream, const Norm& a, bool overlap) {
