@@ -5,7 +5,8 @@ namespace flashllm::cuda {
 namespace {
 
 constexpr int kThreads = 256, kCombineBands = 4, kCombineThreads = kCombineBands * 32;
-constexpr int kCombineN8 = 4;  // from 64 tokens on: one wave of CTAs
+// From 64 tokens on a warp sums 32 of them where there would be more CTAs than run at a time.
+constexpr int kCombineN8 = 4, kCombineCtas = 2048;
 
 __device__ inline uint16_t ToHalf(float v, bool bf16) {
   return bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v));
@@ -354,10 +355,11 @@ cudaError_t PrepareWide(cudaStream_t stream, const uint16_t* x, int64_t n, int64
 }
 
 cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap) {
-  const int n8s = a.group / 8, n8 = n8s < 8 ? 1 : kCombineN8;
-  const auto kernel = n8 == 1 ? CombineKernel<1> : CombineKernel<kCombineN8>;
-  const dim3 grid(a.strips, static_cast<unsigned>(CeilDiv(StripBands(a), kCombineBands) * n8s / n8),
-                  a.groups);
+  const int n8s = a.group / 8;
+  const int64_t quads = CeilDiv(StripBands(a), kCombineBands);
+  const bool many = n8s >= 8 && a.strips * quads * n8s * a.groups > kCombineCtas;
+  const auto kernel = many ? CombineKernel<kCombineN8> : CombineKernel<1>;
+  const dim3 grid(a.strips, static_cast<unsigned>(quads * n8s / (many ? kCombineN8 : 1)), a.groups);
   return Launch(stream, kernel, grid, kCombineThreads, 0, overlap, a);
 }
 
