@@ -33,6 +33,7 @@ extern "C" {
 __attribute__((visibility("default"))) int flashllm_initialize() {
   if (cudaError_t e = InitializeBitmap(&g_overlap)) return e;
   if (cudaError_t e = InitializeBitmapWide()) return e;
+  if (cudaError_t e = InitializeBitmapGemm()) return e;
   return InitializeTiledCsl();
 }
 

@@ -33,7 +33,7 @@ DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 1024
 _TERM_TOKENS = 512
 # The copy of x that the wide kernel reads: this many tokens of it at a time.
 _WIDE_TOKENS = 4096
-_WIDE_WARPS = {128: 12}
+_WIDE_WARPS = 12  # most, for 128 tokens
 # Where memory is a bitmap's limit: from so much of W stored on and up to so many tokens. Of the
 # warps that a CTA may have these parts decode fast enough; the fewer, the less all of them have to
 # fetch before they start.
@@ -173,7 +173,7 @@ def choose(
     """Plans x [tokens, k] times W of `shards` blocks of [rows, k]; cut: other than the model's."""
     wide = dev.wgmma and format == "bitmap" and n_terms == 1 and tokens > 16
     if wide and tokens > MAX_GROUP:
-        return _wide(shards * _ceil(rows, 16), _ceil(k, 256), tokens, dev)
+        return _wide(shards * _ceil(rows, 16), k, tokens, dev)
     warp_rows = _WARP_ROWS[format]
     chunk = max(1, min(tokens, _TERM_TOKENS // n_terms)) if n_terms > 1 else max(tokens, 1)
     total = chunk * n_terms
@@ -198,19 +198,25 @@ def choose(
     return Plan(ctas, warps, group, chunk, int(wide), workspace)
 
 
-def _wide(bands: int, blocks: int, tokens: int, dev: Device) -> Plan:
-    """For more than 64 tokens csrc/cuda/bitmap_wide.cu, 128 or 256 at a time."""
-    chunk = min(tokens, _WIDE_TOKENS)
-    group = 128 if chunk <= 128 else 256
-    groups = _ceil(chunk, group)
-    # Two CTAs share a strip for 256 tokens.
-    warps, cores = (_WIDE_WARPS[128], dev.cores) if group == 128 else (16, dev.cores // 2)
-    while group == 128 and warps > 4 and _ceil(bands, warps) * blocks < 2 * cores:
-        warps -= 4
-    strips = _ceil(bands, warps) * groups
-    ctas = min(strips * blocks, cores)
-    slots = 0 if strips % ctas == 0 else 2
-    workspace = groups * group * blocks * 512 + ctas * slots * warps * 16 * group * 4
+def _wide(bands: int, k: int, tokens: int, dev: Device) -> Plan:
+    """For more than 64 tokens."""
+    chunk, blocks = min(tokens, _WIDE_TOKENS), _ceil(k, 256)
+    if chunk <= 128:  # csrc/cuda/bitmap_wide.cu
+        warps = _WIDE_WARPS
+        while warps > 4 and _ceil(bands, warps) * blocks < 2 * dev.cores:
+            warps -= 4
+        strips = _ceil(bands, warps)
+        ctas = min(strips * blocks, dev.cores)
+        slots = 0 if strips % ctas == 0 else 2
+        workspace = 128 * blocks * 512 + ctas * slots * warps * 16 * 128 * 4
+        return Plan(ctas, warps, 128, chunk, 1, workspace)
+    # csrc/cuda/bitmap_gemm.cu: clusters of two CTAs share a strip of 16 bands; sums of one strip
+    # each, and their flags.
+    warps, group = 16, 256
+    ctas = min(_ceil(bands, warps) * _ceil(chunk, group) * blocks, dev.cores // 2)
+    workspace = ctas * warps * (16 * group + 1) * 4
+    if k % 64:  # as code for another GPU's tensor cores needs x, which may run here
+        workspace += _align(chunk * _ceil(k, 64) * 64 * 2)
     return Plan(ctas, warps, group, chunk, 1, workspace)
 
 

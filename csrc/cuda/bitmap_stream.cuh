@@ -17,7 +17,10 @@ using bitmap::kBlockTiles;
 
 constexpr int kMaxWarps = 16;  // that compute
 constexpr int kLoaders = 4;    // a warpgroup
-constexpr int kValueStages = 4;
+#ifndef FLASHLLM_VALUE_STAGES
+#define FLASHLLM_VALUE_STAGES 4  // unless the file that includes this has no room for them
+#endif
+constexpr int kValueStages = FLASHLLM_VALUE_STAGES;
 constexpr uint32_t kValueStageBytes = 2048;  // a full tile
 constexpr uint32_t kValueStageVectors = kValueStageBytes / 16;
 constexpr int kFirstStages = 2;  // asked for at first: more of them delay what is needed first

@@ -48,6 +48,7 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
   bool overlap = false;
   if (auto e = Check(InitializeBitmap(&overlap), "loading the kernels"); e.failure()) return e;
   if (auto e = Check(InitializeBitmapWide(), "loading the kernels"); e.failure()) return e;
+  if (auto e = Check(InitializeBitmapGemm(), "loading the kernels"); e.failure()) return e;
   if (auto e = Check(InitializeTiledCsl(), "loading the kernels"); e.failure()) return e;
   g_devices[device].store(overlap ? kOverlap : kReady, std::memory_order_release);
   return ffi::Error::Success();

@@ -46,6 +46,7 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
   }
   a.bands = static_cast<int>(p.shards) * a.shard_bands;
   a.wide = plan.wide;
+  a.gemm = plan.wide && plan.group == 256;
   a.group = plan.group;
   const int groups = static_cast<int>(CeilDiv(a.tokens, plan.group));
   a.groups = a.wide ? 1 : groups;
@@ -59,18 +60,22 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
   // A CTA's range touches at most this many strips; without terms it leaves sums of its first
   // and of its last only, where other CTAs have parts of them.
   const int64_t touched = CeilDiv(CeilDiv(a.units, a.ctas), a.blocks) + 1;
-  a.slots = static_cast<int>(a.keep_all ? touched : a.strips % a.ctas == 0 ? 0 : 2);
+  if (a.gemm && p.k % 8 == 0) a.x_stride = p.k;  // as a tensor map takes it
+  a.slots = static_cast<int>(a.keep_all ? touched : a.gemm ? 1 : a.strips % a.ctas == 0 ? 0 : 2);
   return a;
 }
 
 Sizes WorkspaceSizes(const Problem& p, const Args& a) {
   Sizes s = {};
-  if (a.wide)
+  if (a.gemm)
+    s.tokens = p.k % 8 ? Align(size_t(a.tokens) * a.x_stride * 2) : 0;
+  else if (a.wide)
     s.tokens = size_t(a.strip_groups) * a.group * a.blocks * bitmap::kBlockCols * 2;
   else if (NeedsPrepare(p))
     s.tokens = Align(size_t(a.tokens) * a.x_stride * 2);
   if (a.terms > 1) s.unscale = Align(size_t(a.tokens_a_term) * 4);
   s.partial = size_t(a.groups) * a.ctas * a.slots * a.warps * a.warp_bands * 16 * a.group * 4;
+  if (a.gemm) s.flags = size_t(a.ctas) * a.warps * 4;
   return s;
 }
 
@@ -111,7 +116,7 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
     a.partial = reinterpret_cast<float*>(workspace + sizes.tokens + sizes.unscale);
     const bool bf16 = p.weight == Type::kBF16;
     uint16_t* tokens = reinterpret_cast<uint16_t*>(workspace);
-    if (a.wide) {
+    if (a.wide && !a.gemm) {
       a.x = tokens;
       if (cudaError_t e =
               PrepareWide(stream, reinterpret_cast<const uint16_t*>(x), n, p.k, tokens, a))
@@ -121,7 +126,7 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
         if (cudaError_t e = Combine(stream, a, overlap)) return e;
       continue;
     }
-    if (NeedsPrepare(p)) {
+    if (a.gemm ? p.k % 8 != 0 : NeedsPrepare(p)) {
       a.x = tokens;
       if (cudaError_t e = PrepareTokens(stream, x, p.token, p.weight, n, p.k, a.x_stride, a.terms,
                                         tokens, reinterpret_cast<float*>(workspace + sizes.tokens)))
@@ -129,6 +134,11 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
     } else {
       a.x = reinterpret_cast<const uint16_t*>(x);
       if (reinterpret_cast<uintptr_t>(x) % 16) return refuse("x must be 16-byte aligned");
+    }
+    if (a.gemm) {
+      a.flags = reinterpret_cast<uint32_t*>(workspace + sizes.total() - sizes.flags);
+      if (cudaError_t e = BitmapGemm(stream, a, bf16)) return e;
+      continue;
     }
     // The main loop may start before its predecessor ends only if that is ours: it reads W first.
     const auto main_loop = p.format == Format::kBitmap ? BitmapSpmm : TiledCslSpmm;

@@ -49,7 +49,7 @@ struct Plan {
   int warps;      // per CTA; of Tiled-CSL teams of two
   int group;      // tokens a pass over W: 8, 16, 32 or 64
   int64_t chunk;  // tokens of x a round of launches
-  bool wide;      // the kernel for many tokens (bitmap_wide.cu): groups of 32, 64, 128 or 256
+  bool wide;      // bitmap_wide.cu, with groups of 32, 64 or 128; bitmap_gemm.cu, with 256
   void* workspace;
   size_t workspace_bytes;
 };
@@ -87,11 +87,12 @@ struct Args {
   const uint32_t* index;
   const uint32_t* offsets;
   const uint16_t* values;
-  const uint16_t* x;  // [tokens, x_stride] in W's type, whole tiles; or PrepareWide's
+  const uint16_t* x;  // [tokens, x_stride] in W's type, whole tiles; PrepareWide's; gemm: K columns
   int64_t x_stride;
   int tokens;
   Output out;
   float* partial;        // [groups][ctas][slots][strip's bands][group / 8][32] float4
+  uint32_t* flags;       // [ctas][warps]: whether the partial sums of these rows are there
   const float* unscale;  // per token of x, for terms
   int terms, tokens_a_term;
   float term_step;                                    // 2^-11 for fp16 terms, 1 for bf16
@@ -106,13 +107,13 @@ struct Args {
   int x_stages;                                       // of a bitmap's x in shared memory; odd
   // Groups of tokens have a schedule, and partial sums, of their own; if wide there is one
   // schedule, of a strip of W for each group, groups innermost.
-  bool wide;
+  bool wide, gemm;   // gemm: bitmap_gemm.cu, from 129 tokens on
   int strip_groups;  // 1 unless wide; then `groups` is 1
 };
 
 struct Sizes {
-  size_t tokens, unscale, partial;
-  size_t total() const { return tokens + unscale + partial; }
+  size_t tokens, unscale, partial, flags;
+  size_t total() const { return tokens + unscale + partial + flags; }
 };
 
 // Fills everything but pointers into x, y and the workspace, for a chunk of n tokens.
@@ -128,6 +129,7 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
 // Main loops and their helpers, one file each.
 cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
 cudaError_t BitmapWide(cudaStream_t stream, const Args& a, bool bf16);
+cudaError_t BitmapGemm(cudaStream_t stream, const Args& a, bool bf16);
 cudaError_t TiledCslSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
 cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type weight, int64_t n,
                           int64_t k, int64_t k_padded, int terms, uint16_t* out, float* unscale);
@@ -172,6 +174,7 @@ cudaError_t FillTiledCsl(cudaStream_t stream, const Problem& p, const Dense& fro
 // overlap: whether the loaded code knows programmatic dependent launch.
 cudaError_t InitializeBitmap(bool* overlap);
 cudaError_t InitializeBitmapWide();
+cudaError_t InitializeBitmapGemm();
 cudaError_t InitializeTiledCsl();
 
 // The most shared memory that a CTA may ask for.
