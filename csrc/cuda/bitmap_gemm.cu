@@ -454,7 +454,7 @@ __device__ __forceinline__ void Multiply(const Args& a, const Layout& l, Work wo
                             w + w_slot.at * (kWStageBytes >> 4) + 2 * s,
                             x + x_slot.at * (kXStageBytes >> 4) + 2 * s + h * 1024);
       ptx::WgmmaCommit();
-      ptx::WgmmaWaitButOne();
+      ptx::WgmmaWaitAllBut<1>();
       if (i) release();
       w_last = w_slot.at, x_last = x_slot.at;
       w_slot.Next(), x_slot.Next();

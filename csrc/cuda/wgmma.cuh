@@ -18,11 +18,6 @@ __device__ __forceinline__ void WgmmaCommit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits for all that was started but what the last commit closed; no sums may be read.
-__device__ __forceinline__ void WgmmaWaitButOne() {
-  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-}
-
 // Waits for all that was started; c are its sums. The compiler moves them about after this only.
 template <int kN8>
 __device__ __forceinline__ void WgmmaWait(float (&c)[kN8][4]) {
@@ -146,35 +141,12 @@ __device__ __forceinline__ void Wgmma(float (&c)[32][4], const uint32_t (&a)[4],
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                   \
   "}, %64, %65, p, 1, 1, 0, 0; }"
 
-#define FLASHLLM_WGMMA256_SHARED(type)                                                     \
-  "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32." type \
-  "." type                                                                                 \
-  " {"                                                                                     \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "       \
-  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "       \
-  "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "       \
-  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, "       \
-  "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "       \
-  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, "       \
-  "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "     \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "   \
-  "%126, %127"                                                                             \
-  "}, %128, %129, p, 1, 1, 0, 0; }"
-
 template <bool kBf16>
 __device__ __forceinline__ void Wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
   if constexpr (kBf16)
     asm volatile(FLASHLLM_WGMMA128_SHARED("bf16") : FLASHLLM_SUMS64(0) : "l"(a), "l"(b));
   else
     asm volatile(FLASHLLM_WGMMA128_SHARED("f16") : FLASHLLM_SUMS64(0) : "l"(a), "l"(b));
-}
-
-template <bool kBf16>
-__device__ __forceinline__ void Wgmma(float (&c)[32][4], uint64_t a, uint64_t b) {
-  if constexpr (kBf16)
-    asm volatile(FLASHLLM_WGMMA256_SHARED("bf16") : FLASHLLM_SUMS128(0) : "l"(a), "l"(b));
-  else
-    asm volatile(FLASHLLM_WGMMA256_SHARED("f16") : FLASHLLM_SUMS128(0) : "l"(a), "l"(b));
 }
 
 #undef FLASHLLM_SUMS4
@@ -187,7 +159,6 @@ __device__ __forceinline__ void Wgmma(float (&c)[32][4], uint64_t a, uint64_t b)
 #undef FLASHLLM_WGMMA128
 #undef FLASHLLM_WGMMA256
 #undef FLASHLLM_WGMMA128_SHARED
-#undef FLASHLLM_WGMMA256_SHARED
 
 }  // namespace flashllm::cuda::ptx
 #endif
