@@ -110,8 +110,35 @@ def test_reports_count_each_case_once_and_say_who_loses(monkeypatch, capsys, tmp
     report.main()
     out = capsys.readouterr().out
     assert "2 of the 12 shapes" in out
-    assert "| 50% | 1.00; 0.50 |" in out  # means of 0.5 and 2, and of 0.25 and 1
+    assert "| 50% | 1.00 (1.7); 0.50 (0.9) |" in out  # means of 0.5 and 2, and of 0.25 and 1
     assert "1 of 2 cases" in out
     assert "N = 8: 1; 7168x7168 50% 0.50" in out
     assert "| 7168x7168 | **0.50** |" in out
     assert "| 64x64 | 9.00 |" in out
+
+
+def test_reports_of_decoding_say_what_is_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import report
+
+    row = dict.fromkeys(["layers", "context", "read_gb_s", "long_prompt", "long_prompt_ms"], "")
+    row |= {"config": "opt-30b", "dtype": "float16", "cache_dtype": "float16", "choice": "greedy"}
+    row |= dict.fromkeys(["fraction_of_read", "tokens_s", "prefill_tokens_s", "in_use_bytes"], "1")
+    row |= {"dense_limit_ms": "20"}
+    cases = [("dense", "1", "21"), ("0.7", "8", "9"), ("0.7", "1", "12"), ("0.7", "1", "10")]
+    path = tmp_path / "decode.csv"
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, ["device", *row, "sparsity", "batch", "step_ms"])
+        writer.writeheader()
+        for sparsity, batch, step in cases:
+            writer.writerow(
+                row | {"device": "GPU", "sparsity": sparsity, "batch": batch, "step_ms": step}
+            )
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    report.main()
+    table = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[1:7] for line in table] == [
+        ["70% sparse", "1", "10.00", "20.00", "**2.00**", "2.1"],
+        ["", "8", "9.00", "20.00", "2.22", "2.1"],
+        ["dense", "1", "21.00", "20.00", "**0.95**", ""],
+    ]
