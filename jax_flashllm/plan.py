@@ -1,12 +1,14 @@
 """How a product runs on a GPU: the cut of the work, as static attributes of the custom call.
 
-Chosen from shapes, the room for W's values and the device alone, so that it is part of the jit key
-and equal inputs give equal bits. csrc/cuda/spmm.h explains strips and units.
+Chosen from shapes, the room for W's values and the device, which are part of the jit key, so that
+equal inputs give equal bits. csrc/cuda/spmm.h explains strips and units. What `tune` kept and the
+variable below are read when a program is lowered: set it before the first product.
 
 For up to 64 tokens there are two cuts of a W that is not very sparse: one for few tokens, where
 memory is the limit (`by_memory`), and one for more. Sums of another cut are rounded in another
 order, so a token's last bit depends on which of them its batch takes. In an environment with
-JAX_FLASHLLM_BATCH_INVARIANT=1 all take the second: a token's result is the same in any batch then.
+JAX_FLASHLLM_BATCH_INVARIANT=1 all take the second: a token's result is the same in any batch of
+up to 64 then, where x in another dtype counts once for each of its terms (`terms`).
 """
 
 import contextlib
@@ -27,7 +29,7 @@ _UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 MAX_GROUP = 64
 CHAIN_TOKENS = 32  # from 33 on products with wgmma, which chains lack, gain more
 # From so many tokens in W's dtype on, decoding it once costs less (docs/kernels.md) than eight
-# passes over W of 64 tokens, and than four of the wide kernel.
+# passes over W of 64 tokens, and no more than four of 256 with wgmma.
 DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 1024
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
@@ -67,7 +69,7 @@ class Plan:
     warps: int  # a CTA's warps of 16 rows of W each; in Tiled-CSL its teams of two, 64 rows each
     group: int  # tokens a pass over W
     chunk: int  # tokens a round of launches
-    wide: int  # 1: the kernel for many tokens (csrc/cuda/bitmap_wide.cu)
+    wide: int  # 1: wgmma (csrc/cuda/bitmap_wide.cu; a group of 256: bitmap_gemm.cu)
     workspace: int
 
     def attributes(self) -> dict[str, int]:
@@ -114,7 +116,7 @@ def _units(format: str, rows: int, shards: int, k: int, warps: int) -> tuple[int
 
 def by_memory(format: str, tokens: int, fill: float) -> int:
     """The case of _BY_MEMORY, from 1 on, or 0. fill: the part of W that is stored."""
-    if format != "bitmap" or os.environ.get("JAX_FLASHLLM_BATCH_INVARIANT", "0") != "0":
+    if format != "bitmap" or os.environ.get("JAX_FLASHLLM_BATCH_INVARIANT", "") not in ("", "0"):
         return 0
     cases = enumerate(_BY_MEMORY, 1)
     return next((i for i, (least, most, _) in cases if fill > least and tokens <= most), 0)
@@ -238,7 +240,8 @@ def chain(
 
 
 # Cuts 3% faster or more than the model's (benchmarks/cuts.py), by GPU, format, M and K; one shard.
-# Without those of 12 warps, whose results no test has seen on a GPU so far.
+# Without those of 12 warps, which are not taken over yet (docs/every-shape.md). Measured against
+# the cut of more tokens; few tokens take them too.
 _MEASURED = {
     "NVIDIA H100 80GB HBM3": {
         ("bitmap", 3072, 1024): Cut(4, 192),  # 0.82

@@ -56,9 +56,9 @@ def tune(
     """Measures how to cut products with weights of w's shape and format, and keeps the fastest.
 
     w: encoded, on a CUDA device, with values as sparse as those it will be used with. Copies of it
-    take about 160 MB of the GPU's memory meanwhile. tokens: the numbers of tokens that count,
-    1 to 64, each as much as the others. progress: called with a line for every trial, as `print`
-    can be.
+    take about 160 MB of the GPU's memory meanwhile, or as much as w where that is more. tokens: the
+    numbers of tokens that count, 1 to 64, each as much as the others. progress: called with a line
+    for every trial, as `print` can be.
 
     The winner is kept for this GPU model and version of the library in the user's cache folder,
     and used from then on by what is traced: in this process, and in later ones when they begin.
@@ -122,13 +122,15 @@ def _programs(
     from jax_flashllm.spmm import spmm
 
     device, rounds = _device_of(weights[0]), -(-_PRODUCTS // len(weights))
-    lowered = {}
+    lowered, tokens = {}, {}
     for n in cuts:
         x = jax.random.normal(jax.random.key(0), (n, weights[0].shape[1]))
         x = jax.device_put(x.astype(weights[0].dtype), device)
         for cut in cuts[n]:
             with plan.forced(cut):
-                lowered[cut, n] = _lower(spmm, weights, x, rounds)
+                program, ws, xs = _lower(spmm, weights, x, rounds)
+            # One copy of the tokens for all cuts.
+            lowered[cut, n] = program, ws, tokens.setdefault(n, xs)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = pool.map(lambda program: program[0].compile(), lowered.values())
         return {

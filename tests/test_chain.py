@@ -310,7 +310,7 @@ def test_what_is_not_one_call(cuda):
         jax.jit(jax.grad(lambda x: chain(x, h, stages)[1].sum()))(x)
 
 
-@pytest.mark.parametrize("n", [1, 9, 64])
+@pytest.mark.parametrize("n", [1, 9, 32])
 def test_plans_are_sound(n):
     H, F = 7168, 28672
     weights = [
@@ -322,10 +322,10 @@ def test_plans_are_sound(n):
     plans, workspace = plan.chain(weights, n, H100)
     expected = 2 * -(-n * F * 2 // 256) * 256
     for (format, (m, k), _), p in zip(weights, plans, strict=True):
-        by_memory = n <= 16 and p is plans[0]
+        by_memory = int(n <= 16 and p is plans[0])
         cut = plan.model(format, m, 1, k, H100, by_memory)
         assert p == plan.choose(format, m, 1, k, n, 1, H100, cut)
-        assert p.group == {1: 8, 9: 16, 64: 64}[n]
+        assert p.group == {1: 8, 9: 16, 32: 32}[n]
         expected += -(-p.workspace // 256) * 256
     assert workspace == expected
 

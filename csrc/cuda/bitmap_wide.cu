@@ -1,4 +1,5 @@
-// Bitmap main loop for many tokens: warps decode W into wgmma's operand A, x lies in shared memory.
+// Bitmap main loop for 17 to 128 tokens: warps decode W into wgmma's operand A, x lies in shared
+// memory.
 //
 //   warp w of a strip   band strip * warps + w (16 rows); four warps are a warpgroup of 64 rows
 //
@@ -14,8 +15,8 @@
 // A step's wgmma runs on while later ones are loaded: three more before its registers are needed.
 // For 64 tokens a tile's loads, its four wgmma, and, while those run, the next tile's scan.
 //
-// From 129 tokens on a strip belongs to a cluster of two CTAs, each with half of the bands: each
-// fetches half of x for both.
+// A group of 256, whose strips belong to clusters of two CTAs, is bitmap_gemm.cu's now: that
+// instance goes when the machine code of the others can be checked on a GPU again.
 //
 // A strip's tokens are cut into groups of a.group. Strip and group together are one strip of the
 // schedule, groups innermost, so that CTAs at work on one part of W are so at the same time.

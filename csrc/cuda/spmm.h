@@ -4,6 +4,9 @@
 //          only for another         |          only for strips that CTAs share, or x in terms
 //          dtype or ragged K        +--------- all other strips go straight to y
 //
+// With wgmma (Plan::wide) x is always laid out first, but for bitmap_gemm.cu where K % 8 is 0; that
+// kernel adds shared strips up itself.
+//
 // A chain is products in a row, with a residual in the epilogue of some, and a LayerNorm behind:
 //
 //   x ---> product ---> product, h += ... ---> LayerNorm ---> product ---> y
@@ -43,11 +46,11 @@ struct Problem {
   const void* residual;  // [n, shards * rows] of x's type, added last, or null
 };
 
-// Chosen by jax_flashllm/plan.py from shapes alone.
+// Chosen by jax_flashllm/plan.py from shapes and the room for values.
 struct Plan {
   int ctas;       // per group of tokens; if wide, in all
   int warps;      // per CTA; of Tiled-CSL teams of two
-  int group;      // tokens a pass over W: 8, 16, 32 or 64
+  int group;      // tokens a pass over W: 8, 16, 32 or 64; if wide 32, 64, 128 or 256
   int64_t chunk;  // tokens of x a round of launches
   bool wide;      // bitmap_wide.cu, with groups of 32, 64 or 128; bitmap_gemm.cu, with 256
   void* workspace;
