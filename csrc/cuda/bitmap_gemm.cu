@@ -37,7 +37,6 @@ constexpr uint32_t kXStageBytes = kTokens * 128;
 // Shared memory: stages of x, of W, their barriers, and what bitmap_stream.cuh has; sums' buffers.
 [[maybe_unused]] constexpr uint32_t kWFull = 0, kWEmpty = 64;
 constexpr uint32_t kStageControlBytes = 128;
-constexpr uint32_t kTokenBytes = 80, kBufferBytes = 8 * kTokenBytes;  // StoreSums
 constexpr uint32_t kSharedBytes = kXStages * kXStageBytes + kWStages * kWStageBytes +
                                   kStageControlBytes + kControlBytes + kDecoders * kWarpBytes +
                                   kMultipliers * kBufferBytes;
@@ -113,29 +112,6 @@ __device__ __forceinline__ void LoadX(const Args& a, const CUtensorMap* map, con
 
 // ---- decode ----
 
-__device__ __forceinline__ void StoreShared128(uint32_t address, uint32_t x, uint32_t y, uint32_t z,
-                                               uint32_t w) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z),
-               "r"(w)
-               : "memory");
-}
-
-__device__ __forceinline__ uint32_t ByteCounts(uint32_t m) {
-  m -= m >> 1 & 0x55555555u;
-  m = (m & 0x33333333u) + (m >> 2 & 0x33333333u);
-  return (m + (m >> 4)) & 0x0f0f0f0fu;
-}
-
-template <int kDistance>
-__device__ __forceinline__ uint32_t AddFromLower8(uint32_t v, uint32_t other) {
-  asm volatile(
-      "{ .reg .pred p; .reg .b32 t; shfl.sync.up.b32 t|p, %1, %2, 0x1800, 0xffffffff;"
-      " @p add.u32 %0, %0, t; }"
-      : "+r"(v)
-      : "r"(other), "n"(kDistance));
-  return v;
-}
-
 // Where the runs of a block's four tiles start, a tile's words by eight lanes, four each. The words
 // give way to the values before them in their tile, a byte a step. `starts` is of tile j in lane
 // 8 j + 7: bytes of values before steps 1, 2, 3 and behind, 16 bits each.
@@ -144,13 +120,13 @@ __device__ __forceinline__ void ScanBlock(uint32_t masks, int lane, uint32_t (&m
   const uint4 w = ptx::LoadShared128(masks + lane * 16);
 #pragma unroll
   for (int j = 0; j < 4; ++j) mask[j] = ptx::LoadShared32(masks + j * 128 + lane * 4);
-  const uint32_t a = ByteCounts(w.x), b = ByteCounts(w.y), c = ByteCounts(w.z);
-  const uint32_t all = a + b + c + ByteCounts(w.w);
+  const uint32_t a = ptx::ByteCounts(w.x), b = ptx::ByteCounts(w.y), c = ptx::ByteCounts(w.z);
+  const uint32_t all = a + b + c + ptx::ByteCounts(w.w);
   // Before these: at most 7 * 32 a byte.
-  uint32_t before = AddFromLower8<1>(0, all);
-  before = AddFromLower8<1>(before, before);
-  before = AddFromLower8<2>(before, before);
-  before = AddFromLower8<4>(before, before);
+  uint32_t before = ptx::AddFromLower<1, 8>(0, all);
+  before = ptx::AddFromLower<1, 8>(before, before);
+  before = ptx::AddFromLower<2, 8>(before, before);
+  before = ptx::AddFromLower<4, 8>(before, before);
   const uint32_t even = (before & 0xff00ffu) + (all & 0xff00ffu);
   const uint32_t odd = (before >> 8 & 0xff00ffu) + (all >> 8 & 0xff00ffu);
   const uint32_t both = even + odd, half = both & 0xffffu;
@@ -322,7 +298,7 @@ __device__ __forceinline__ void Decode(const Args& a, const Layout& l, Work work
                             : Expand<4 * u>(taken, run[4 * u], words[4 * u]);
           const uint2 f = h ? Expand<4 * u + 3>(taken, run[4 * u + 3], words[4 * u + 3])
                             : Expand<4 * u + 2>(taken, run[4 * u + 2], words[4 * u + 2]);
-          StoreShared128((at ^ u * 16) + h * 1024, e.x, e.y, f.x, f.y);
+          ptx::StoreShared128((at ^ u * 16) + h * 1024, e.x, e.y, f.x, f.y);
         }
       };
       take(Constant<0>()), take(Constant<1>());
@@ -362,60 +338,7 @@ __device__ __forceinline__ void Decode(const Args& a, const Layout& l, Work work
   }
 }
 
-// ---- epilogue ----
-
-__device__ inline float Gelu(float v) { return 0.5f * v * erfcf(-0.70710678118654752f * v); }
-
-// A warp's sums go to y eight tokens at a time, by way of shared memory: [token][row] floats, rows
-// of tokens 80 bytes apart, so that stores have no bank conflicts. Four lanes take a token's rows.
-__device__ __forceinline__ void StoreSums(const Args& a, const Band& band, int token0, int lane,
-                                          uint32_t buffer, const float (&acc)[kN8][4]) {
-  const int g = lane >> 2, t = lane & 3;
-  const float bias[2] = {g < band.valid ? LoadBias(a.out, band.row0 + g) : 0.0f,
-                         g + 8 < band.valid ? LoadBias(a.out, band.row0 + g + 8) : 0.0f};
-  const uint32_t put = buffer + 2 * t * kTokenBytes + g * 4;
-  const uint32_t get = buffer + g * kTokenBytes + t * 16;
-  const int rows = min(4, band.valid - t * 4);  // of this lane
-  uint16_t* y = static_cast<uint16_t*>(a.out.y) + (token0 + g) * a.out.rows + band.row0 + t * 4;
-  const bool vectors = a.out.rows % 4 == 0 && band.row0 % 4 == 0 && rows == 4 &&
-                       reinterpret_cast<uintptr_t>(a.out.y) % 8 == 0;
-  const bool bf16 = a.out.type == Type::kBF16;
-  const auto half_of = [&](uint32_t bits) -> uint32_t {
-    const float v = __uint_as_float(bits);
-    return bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v))
-                : __half_as_ushort(__float2half_rn(v));
-  };
-#pragma unroll
-  for (int n8 = 0; n8 < kN8; ++n8) {
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float v = acc[n8][i] + bias[i / 2];
-      if (a.out.activation == 1) v = v < 0.0f ? 0.0f : v;  // keeps NaN
-      ptx::StoreShared32(put + i % 2 * kTokenBytes + i / 2 * 32, __float_as_uint(v));
-    }
-    __syncwarp();
-    if (a.out.activation == 2) {
-#pragma unroll 1
-      for (int i = 0; i < 16; i += 4) {
-        const float v = __uint_as_float(ptx::LoadShared32(get + i));
-        ptx::StoreShared32(get + i, __float_as_uint(Gelu(v)));
-      }
-    }
-    if (token0 + n8 * 8 + g < a.tokens) {
-      if (vectors) {
-        const uint4 v = ptx::LoadShared128(get);
-        *reinterpret_cast<uint2*>(y) =
-            make_uint2(half_of(v.x) | half_of(v.y) << 16, half_of(v.z) | half_of(v.w) << 16);
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < rows; ++i)
-          y[i] = static_cast<uint16_t>(half_of(ptx::LoadShared32(get + i * 4)));
-      }
-    }
-    y += 8 * a.out.rows;
-  }
-}
+// ---- sums of a strip that another share has the start of ----
 
 __device__ __forceinline__ float4* PartialAt(const Args& a, int share, int place, int lane) {
   return reinterpret_cast<float4*>(a.partial) + PartialIndex(a, 0, share, 0, place, 0) + lane;

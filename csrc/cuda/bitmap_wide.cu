@@ -61,7 +61,6 @@ struct Shape<256> {
 
 constexpr int kXStages = kBlockTiles;  // a block's tile j lies in stage j
 static_assert(kXStages <= kMaxXStages);
-constexpr uint32_t kTokenBytes = 80, kBufferBytes = 8 * kTokenBytes;  // StoreSums
 
 template <int kTokens>
 constexpr uint32_t XStageBytes() {
@@ -144,60 +143,6 @@ struct Int {
 };
 
 // ---- epilogue ----
-
-// A warp's sums go to y eight tokens at a time, by way of shared memory: [token][row] floats, rows
-// of tokens 80 bytes apart, so that stores have no bank conflicts. Four lanes take a token's rows.
-__device__ inline float Gelu(float v) { return 0.5f * v * erfcf(-0.70710678118654752f * v); }
-
-template <int kN8>
-__device__ __forceinline__ void StoreSums(const Args& a, const Band& band, int token0, int lane,
-                                          uint32_t buffer, const float (&acc)[kN8][4]) {
-  const int g = lane >> 2, t = lane & 3;
-  const float bias[2] = {g < band.valid ? LoadBias(a.out, band.row0 + g) : 0.0f,
-                         g + 8 < band.valid ? LoadBias(a.out, band.row0 + g + 8) : 0.0f};
-  const uint32_t put = buffer + 2 * t * kTokenBytes + g * 4;
-  const uint32_t get = buffer + g * kTokenBytes + t * 16;
-  const int rows = min(4, band.valid - t * 4);  // of this lane
-  uint16_t* y = static_cast<uint16_t*>(a.out.y) + (token0 + g) * a.out.rows + band.row0 + t * 4;
-  const bool vectors = a.out.rows % 4 == 0 && band.row0 % 4 == 0 && rows == 4 &&
-                       reinterpret_cast<uintptr_t>(a.out.y) % 8 == 0;
-  const bool bf16 = a.out.type == Type::kBF16;
-  const auto half_of = [&](uint32_t bits) -> uint32_t {
-    const float v = __uint_as_float(bits);
-    return bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v))
-                : __half_as_ushort(__float2half_rn(v));
-  };
-#pragma unroll
-  for (int n8 = 0; n8 < kN8; ++n8) {
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float v = acc[n8][i] + bias[i / 2];
-      if (a.out.activation == 1) v = v < 0.0f ? 0.0f : v;  // keeps NaN
-      ptx::StoreShared32(put + i % 2 * kTokenBytes + i / 2 * 32, __float_as_uint(v));
-    }
-    __syncwarp();
-    if (a.out.activation == 2) {
-#pragma unroll 1
-      for (int i = 0; i < 16; i += 4) {
-        const float v = __uint_as_float(ptx::LoadShared32(get + i));
-        ptx::StoreShared32(get + i, __float_as_uint(Gelu(v)));
-      }
-    }
-    if (token0 + n8 * 8 + g < a.tokens) {
-      if (vectors) {
-        const uint4 v = ptx::LoadShared128(get);
-        *reinterpret_cast<uint2*>(y) =
-            make_uint2(half_of(v.x) | half_of(v.y) << 16, half_of(v.z) | half_of(v.w) << 16);
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < rows; ++i)
-          y[i] = static_cast<uint16_t>(half_of(ptx::LoadShared32(get + i * 4)));
-      }
-    }
-    y += 8 * a.out.rows;
-  }
-}
 
 // Ends a segment, as strips.cuh's Flush does. `cta` counts clusters.
 template <int kN8>

@@ -3,6 +3,7 @@
 #include "../bitmap.h"
 #include "../tiled_csl.h"
 #include "dense.cuh"
+#include "ptx.cuh"
 #include "tiled_csl_block.cuh"
 
 namespace flashllm::cuda {
@@ -39,20 +40,13 @@ __device__ inline void ClearTail(const Matrix& w, int64_t shards, uint16_t* valu
   }
 }
 
-// Of each byte the number of bits set.
-__device__ inline uint32_t ByteCounts(uint32_t m) {
-  m -= m >> 1 & 0x55555555;
-  m = (m & 0x33333333) + (m >> 2 & 0x33333333);
-  return (m + (m >> 4)) & 0x0f0f0f0f;
-}
-
 // Where a lane's four runs of a tile start, counted from the tile's first value.
 struct Runs {
   int start[bitmap::kSteps], total;
 };
 
 __device__ inline Runs FindRuns(uint32_t mask, int lane) {
-  const uint32_t own = ByteCounts(mask);
+  const uint32_t own = ptx::ByteCounts(mask);
   uint32_t before = __shfl_up_sync(~0u, own, 1);  // at most 31 * 8 a byte
   if (lane == 0) before = 0;
 #pragma unroll

@@ -58,6 +58,13 @@ __device__ __forceinline__ void StoreSharedRelease(uint32_t address, uint32_t v)
   asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
+__device__ __forceinline__ void StoreShared128(uint32_t address, uint32_t x, uint32_t y, uint32_t z,
+                                               uint32_t w) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z),
+               "r"(w)
+               : "memory");
+}
+
 __device__ __forceinline__ void ZeroShared128(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0));
 }
@@ -298,18 +305,26 @@ __device__ __forceinline__ bool Elect() {
 #endif
 }
 
-// v plus what the lane kDistance below has in `other`; lanes that have none below keep v.
-template <int kDistance>
+// v plus what the lane kDistance below has in `other`; lanes that have none below, of the kLanes
+// that belong together, keep v.
+template <int kDistance, int kLanes = 32>
 __device__ __forceinline__ uint32_t AddFromLower(uint32_t v, uint32_t other) {
   asm volatile(
-      "{ .reg .pred p; .reg .b32 t; shfl.sync.up.b32 t|p, %1, %2, 0, 0xffffffff;"
+      "{ .reg .pred p; .reg .b32 t; shfl.sync.up.b32 t|p, %1, %2, %3, 0xffffffff;"
       " @p add.u32 %0, %0, t; }"
       : "+r"(v)
-      : "r"(other), "n"(kDistance));
+      : "r"(other), "n"(kDistance), "n"((32 - kLanes) << 8));
   return v;
 }
 
 // ---- arithmetic ----
+
+// Of each byte the number of bits set.
+__device__ __forceinline__ uint32_t ByteCounts(uint32_t m) {
+  m -= m >> 1 & 0x55555555u;
+  m = (m & 0x33333333u) + (m >> 2 & 0x33333333u);
+  return (m + (m >> 4)) & 0x0f0f0f0fu;
+}
 
 // Bytes of v, named by the selector's digits.
 __device__ __forceinline__ uint32_t Permute(uint32_t v, uint32_t selector) {
