@@ -15,9 +15,6 @@
 // A step's wgmma runs on while later ones are loaded: three more before its registers are needed.
 // For 64 tokens a tile's loads, its four wgmma, and, while those run, the next tile's scan.
 //
-// A group of 256, whose strips belong to clusters of two CTAs, is bitmap_gemm.cu's now: that
-// instance goes when the machine code of the others can be checked on a GPU again.
-//
 // A strip's tokens are cut into groups of a.group. Strip and group together are one strip of the
 // schedule, groups innermost, so that CTAs at work on one part of W are so at the same time.
 #include "bitmap_stream.cuh"
@@ -26,38 +23,17 @@
 namespace flashllm::cuda {
 namespace {
 
-class ShuffleScan;
-
-// Warps of a CTA that compute, their registers beside the 32 of the warps that load, and CTAs that
-// share a strip and its x. As measured: whether wgmma runs on from step to step (kSteps) or a
-// tile's four are started and awaited together; how runs are found; and whether the start of
-// every pair of weights is counted (kPairs) or one address walks a step.
-template <int kTokens>
-struct Shape;
-template <>
-struct Shape<32> {
-  [[maybe_unused]] static constexpr int kWarps = 16, kRegisters = 112, kCluster = 1;
-  [[maybe_unused]] static constexpr bool kSteps = true, kPairs = true;
-  using Scan = RunScan;
+// As measured for groups of this many tokens.
+struct Shape {
+  int warps, registers;  // of a CTA that compute; theirs, beside the 32 of the warps that load
+  bool steps;            // wgmma runs on from step to step, or a tile's four start and end together
+  bool pairs;  // the start of every pair of weights is counted, or one address walks a step
 };
-template <>
-struct Shape<64> {
-  [[maybe_unused]] static constexpr int kWarps = 16, kRegisters = 112, kCluster = 1;
-  [[maybe_unused]] static constexpr bool kSteps = false, kPairs = false;
-  using Scan = RunScan;
-};
-template <>
-struct Shape<128> {
-  [[maybe_unused]] static constexpr int kWarps = 12, kRegisters = 160, kCluster = 1;
-  [[maybe_unused]] static constexpr bool kSteps = true, kPairs = true;
-  using Scan = RunScan;
-};
-template <>
-struct Shape<256> {
-  [[maybe_unused]] static constexpr int kWarps = 8, kRegisters = 232, kCluster = 2;
-  [[maybe_unused]] static constexpr bool kSteps = true, kPairs = false;
-  using Scan = ShuffleScan;
-};
+constexpr Shape ShapeOf(int tokens) {
+  return tokens == 32   ? Shape{16, 112, true, true}
+         : tokens == 64 ? Shape{16, 112, false, false}
+                        : Shape{12, 160, true, true};
+}
 
 constexpr int kXStages = kBlockTiles;  // a block's tile j lies in stage j
 static_assert(kXStages <= kMaxXStages);
@@ -75,37 +51,6 @@ size_t SharedBytes(int warps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // ---- unpack ----
-
-// As RunScan, by one byte-packed prefix sum: for kernels whose tensor cores have enough to do.
-class ShuffleScan {
- public:
-  __device__ __forceinline__ explicit ShuffleScan(int) {}
-
-  __device__ __forceinline__ void Tile(const Word& word, const Starts& tile, Starts& runs,
-                                       Starts& end) const {
-    const uint32_t mask = word.a[0];
-    uint32_t count = mask - (mask >> 1 & 0x55555555u);
-    count = (count & 0x33333333u) + (count >> 2 & 0x33333333u);
-    count = (count + (count >> 4)) & 0x0f0f0f0fu;
-    // Before this lane: at most 31 * 8 a byte.
-    uint32_t before = ptx::AddFromLower<1>(0, count);
-    before = ptx::AddFromLower<1>(before, before);
-    before = ptx::AddFromLower<2>(before, before);
-    before = ptx::AddFromLower<4>(before, before);
-    before = ptx::AddFromLower<8>(before, before);
-    before = ptx::AddFromLower<16>(before, before);
-    const uint32_t b = __shfl_sync(~0u, before, 31), c = __shfl_sync(~0u, count, 31);
-    const uint32_t even = (b & 0xff00ffu) + (c & 0xff00ffu);
-    const uint32_t odd = (b >> 8 & 0xff00ffu) + (c >> 8 & 0xff00ffu);
-    const uint32_t both = even + odd, half = both & 0xffffu;
-    const int start = tile[0];
-    runs[0] = start + 2 * int(before & 0xff);
-    runs[2] = start + 2 * int((even & 0xffff) + (before >> 8 & 0xff));
-    runs[1] = start + 2 * int(half + (before >> 16 & 0xff));
-    runs[3] = start + 2 * int(half + (even >> 16) + (before >> 24));
-    end[0] = end[1] = end[2] = end[3] = start + 2 * int(half + (both >> 16));
-  }
-};
 
 // Two halves a register of a fragment, which hold a step's bits 0 1, 4 5, 2 3, 6 7.
 __device__ constexpr int HalfOfBit(int bit) { return (bit & 1) | (bit & 2) << 1 | (bit & 4) >> 1; }
@@ -144,7 +89,7 @@ struct Int {
 
 // ---- epilogue ----
 
-// Ends a segment, as strips.cuh's Flush does. `cta` counts clusters.
+// Ends a segment, as strips.cuh's Flush does.
 template <int kN8>
 __device__ inline void Finish(const Args& a, int cta, int strip, bool begins, bool ends, int place,
                               int lane, uint32_t buffer, const float (&acc)[kN8][4]) {
@@ -164,20 +109,17 @@ __device__ inline void Finish(const Args& a, int cta, int strip, bool begins, bo
 
 // ---- main loop ----
 
-// x, by one lane of a warp: its part of a tile to all CTAs of the cluster.
+// x, by one lane of a warp.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 template <int kTokens>
 __device__ __forceinline__ void LoadX(const Args& a, uint32_t control, uint32_t ring, Work work,
-                                      int rank, int lane) {
-  constexpr int kCluster = Shape<kTokens>::kCluster;
-  constexpr uint32_t kPart = XStageBytes<kTokens>() / kCluster;
+                                      int lane) {
   if (lane < kXStages) {
     ptx::BarrierInit(control + kXFull + lane * 8, 1);
     ptx::BarrierInit(control + kXEmpty + lane * 8, a.warps);
   }
   ptx::FenceBarrierInit();
   __syncwarp();
-  if constexpr (kCluster > 1) ptx::ClusterArrive(), ptx::ClusterWait();
   ptx::CtaBarrier();
   // Weights depend on nothing before this kernel; x does.
   ptx::WaitForPrevious();
@@ -187,14 +129,11 @@ __device__ __forceinline__ void LoadX(const Args& a, uint32_t control, uint32_t 
     const int slot = i % kXStages;
     const uint32_t full = control + kXFull + slot * 8, to = ring + slot * XStageBytes<kTokens>();
     const uint8_t* from = reinterpret_cast<const uint8_t*>(a.x) +
-                          (int64_t(group) * tiles + tile) * XStageBytes<kTokens>() + rank * kPart;
+                          (int64_t(group) * tiles + tile) * XStageBytes<kTokens>();
     ptx::BarrierWait(control + kXEmpty + slot * 8, i / kXStages & 1 ^ 1);
     if (ptx::Elect()) {
       ptx::BarrierExpect(full, XStageBytes<kTokens>());
-      if constexpr (kCluster > 1)
-        ptx::BulkCopyMulticast(to + rank * kPart, from, kPart, full, (1 << kCluster) - 1);
-      else
-        ptx::BulkCopy(to, from, kPart, full);
+      ptx::BulkCopy(to, from, XStageBytes<kTokens>(), full);
     }
     __syncwarp();
     if (++tile == tiles) {
@@ -206,16 +145,14 @@ __device__ __forceinline__ void LoadX(const Args& a, uint32_t control, uint32_t 
 #endif
 
 template <bool kBf16, int kTokens>
-__global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
+__global__ void __launch_bounds__((ShapeOf(kTokens).warps + kLoaders) * 32, 1)
     WideKernel(const __grid_constant__ Args a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Shape<kTokens>;
+  constexpr bool kSteps = ShapeOf(kTokens).steps, kPairs = ShapeOf(kTokens).pairs;
   constexpr int kN8 = kTokens / 8;
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = ptx::Keep(threadIdx.x & 31);
-  const int rank = S::kCluster > 1 ? ptx::ClusterRank() : 0;
-  const int warps = a.warps / S::kCluster, place = rank * warps + warp;
-  const int cta = static_cast<int>(blockIdx.x) / S::kCluster;
+  const int cta = blockIdx.x;
   // Shuffles tell the compiler what all lanes have in common.
   const int unit0 = __shfl_sync(~0u, FirstUnit(a, cta), 0);
   const int count = __shfl_sync(~0u, FirstUnit(a, cta + 1) - unit0, 0);
@@ -223,32 +160,25 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
   const uint32_t x_ring = ptx::Keep(ptx::SharedAddress(shared));
   const uint32_t control = x_ring + kXStages * XStageBytes<kTokens>();
   ptx::LaunchDependents();
-  const int loader = warp - warps;
+  const int loader = warp - a.warps;
   if (loader >= 0) {
     ptx::LowerRegisters<32>();
-    const Work work = {strip0, block0, count, warps, rank * warps};
-    // x's warp waits for those of the other CTAs.
-    if (S::kCluster > 1 && loader < 3) ptx::ClusterArrive();
+    const Work work = {strip0, block0, count, a.warps, 0};
     if (loader < 2)
-      LoadValues(a, control, work, loader * 8 + lane, lane >= 8 || loader * 8 + lane >= warps);
+      LoadValues(a, control, work, loader * 8 + lane, lane >= 8 || loader * 8 + lane >= a.warps);
     else if (loader == 2)
       LoadMasks(a, control, work, lane);
     else
-      LoadX<kTokens>(a, control, x_ring, work, rank, lane);
+      LoadX<kTokens>(a, control, x_ring, work, lane);
     __syncwarp();
-    if constexpr (S::kCluster > 1) {
-      if (loader < 3) ptx::ClusterWait();
-      ptx::ClusterArrive(), ptx::ClusterWait();
-    }
     return;
   }
-  ptx::RaiseRegisters<S::kRegisters>();
-  if constexpr (S::kCluster > 1) ptx::ClusterArrive();
+  ptx::RaiseRegisters<ShapeOf(kTokens).registers>();
 
   const uint32_t values = control + kControlBytes + warp * kWarpBytes;
   const uint32_t mask_ring = values + kValueRingBytes + kRingTail;
-  const uint32_t buffer = control + kControlBytes + warps * kWarpBytes + warp * kBufferBytes;
-  int next_strip = strip0, band = BandAt(a, strip0, place);
+  const uint32_t buffer = control + kControlBytes + a.warps * kWarpBytes + warp * kBufferBytes;
+  int next_strip = strip0, band = BandAt(a, strip0, warp);
   Range range = LoadRange(a, band, block0, min(count, a.blocks - block0));
   Stream stream = {control + kValueFull + warp * kValueStages * 8,
                    control + kValueEmpty + warp * kValueStages * 8, 0};
@@ -257,7 +187,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
   const uint32_t mask_empty = control + kMaskEmpty + warp * kMaskStages * 8;
   const uint64_t x_descriptor = ptx::Descriptor(x_ring);
   const uint32_t mask_lane = ptx::Keep(mask_ring + lane * 4);
-  const typename S::Scan scan(lane);
+  const RunScan scan(lane);
 
   uint32_t fragments[4][4], halves[2][8];  // of steps; of those that are being loaded
   Starts runs, pairs[5], tile = {};        // of the next tile; of this one; where that starts
@@ -279,18 +209,18 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
     }
   };
   auto spread = [&](const Word& mask) {
-    if constexpr (S::kPairs) {
+    if constexpr (kPairs) {
 #pragma unroll
       for (int s = 0; s < 4; ++s) pairs[0][s] = runs[s];
-      scan.template Pair<1>(mask, runs, pairs[1]);
-      scan.template Pair<2>(mask, runs, pairs[2]);
-      scan.template Pair<3>(mask, runs, pairs[3]);
-      scan.template Pair<4>(mask, runs, pairs[4]);
+      scan.Pair<1>(mask, runs, pairs[1]);
+      scan.Pair<2>(mask, runs, pairs[2]);
+      scan.Pair<3>(mask, runs, pairs[3]);
+      scan.Pair<4>(mask, runs, pairs[4]);
     }
   };
   auto load = [&](const Word& mask, auto step) {
     constexpr int kStep = decltype(step)::value;
-    if constexpr (S::kPairs)
+    if constexpr (kPairs)
       PairHalves<kStep>(mask.a[0], pairs, halves[kStep % 2]);
     else
       WalkHalves<kStep>(mask.a[0], runs[kStartOfStep[kStep]], halves[kStep % 2]);
@@ -325,13 +255,12 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
     return static_cast<int>(start);
   };
   auto look = [&](int left) {  // the next strip's range, a strip ahead
-    band = BandAt(a, ++next_strip, place);
+    band = BandAt(a, ++next_strip, warp);
     range = LoadRange(a, band, 0, min(left, a.blocks));
   };
   tile[0] = tile[1] = tile[2] = tile[3] = enter(block0);
   look(count - min(count, a.blocks - block0));
 
-  if constexpr (S::kCluster > 1) ptx::ClusterWait();
   ptx::CtaBarrier();
   int mask_slot = 0;  // of the next stage to wait for
   uint32_t mask_parity = 0;
@@ -345,18 +274,14 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
   uint32_t next_mask = ptx::LoadShared32(masks_next + 128);
   scan.Tile(mask, tile, runs, tile);
   await();
-  if constexpr (S::kSteps) {
+  if constexpr (kSteps) {
     spread(mask);
     load(mask, Int<0>());
     load(mask, Int<1>());
   }
   auto release = [&](int tile_of_x) {
     const uint32_t empty = control + kXEmpty + tile_of_x * 8;
-    if constexpr (S::kCluster > 1) {
-      if (lane < S::kCluster) ptx::BarrierArriveAt(empty, lane);
-    } else {
-      if (lane == 0) ptx::BarrierArrive(empty);
-    }
+    if (lane == 0) ptx::BarrierArrive(empty);
   };
 
   int i = 0, strip = strip0, begin = block0;
@@ -383,7 +308,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
         uint32_t after = 0;  // the mask two tiles on; none behind the last
         if (j < 2)
           after = ptx::LoadShared32(masks_here + (j + 2) * 128);
-        else if (!S::kSteps || i + 1 < count)
+        else if (!kSteps || i + 1 < count)
           after = ptx::LoadShared32(masks_next + (j - 2) * 128);
         if (j == 1) block_end = __ldg(offset++);
         // The next block's first tile is about to be scanned.
@@ -393,7 +318,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
             if (i + 1 < count) {
               tile[0] = enter(0);
               look(count - i - 1 - min(count - i - 1, a.blocks));
-            } else if (S::kSteps) {
+            } else if (kSteps) {
               tile[0] = stream.limit;
             }
           } else {
@@ -404,7 +329,7 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
           tile[1] = tile[2] = tile[3] = tile[0];
         };
 
-        if constexpr (!S::kSteps) {
+        if constexpr (!kSteps) {
           walk(mask);
           if (j == kBlockTiles - 1) enter_block();
           ptx::BarrierWait(control + kXFull + j * 8, i & 1);
@@ -461,17 +386,14 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
         load(mask, Int<1>());
       }
     }
-    if constexpr (S::kSteps) {
+    if constexpr (kSteps) {
       ptx::WgmmaWait(acc);
       release(kXStages - 1);
     }
-    Finish(a, cta, strip, begin == 0, begin + end - first == a.blocks, place, lane, buffer, acc);
+    Finish(a, cta, strip, begin == 0, begin + end - first == a.blocks, warp, lane, buffer, acc);
     ++strip;
     begin = 0;
   }
-  // The other CTA may still free its x here.
-  __syncwarp();
-  if constexpr (S::kCluster > 1) ptx::ClusterArrive(), ptx::ClusterWait();
 #else
   __trap();  // only sm_90a has wgmma: Initialize says whether this code is
 #endif
@@ -480,24 +402,20 @@ __global__ void __launch_bounds__((Shape<kTokens>::kWarps + kLoaders) * 32, 1)
 template <typename F>
 cudaError_t ForEachKernel(F f) {
   for (auto kernel : {WideKernel<false, 32>, WideKernel<true, 32>, WideKernel<false, 64>,
-                      WideKernel<true, 64>, WideKernel<false, 128>, WideKernel<true, 128>,
-                      WideKernel<false, 256>, WideKernel<true, 256>})
+                      WideKernel<true, 64>, WideKernel<false, 128>, WideKernel<true, 128>})
     if (cudaError_t e = f(kernel)) return e;
   return cudaSuccess;
 }
 
 template <int kTokens>
 cudaError_t LaunchWide(cudaStream_t stream, const Args& a, bool bf16) {
-  using S = Shape<kTokens>;
   int shared;
   if (cudaError_t e = MaxShared(&shared)) return e;
-  const int warps = a.warps / S::kCluster;
-  const size_t bytes = SharedBytes<kTokens>(warps);
-  if (a.warps % (4 * S::kCluster) || warps > S::kWarps || bytes > size_t(shared))
+  const size_t bytes = SharedBytes<kTokens>(a.warps);
+  if (a.warps % 4 || a.warps > ShapeOf(kTokens).warps || bytes > size_t(shared))
     return cudaErrorInvalidValue;
-  return LaunchClusters(stream, S::kCluster,
-                        bf16 ? WideKernel<true, kTokens> : WideKernel<false, kTokens>,
-                        dim3(a.ctas * S::kCluster), (warps + kLoaders) * 32, bytes, true, a);
+  return Launch(stream, bf16 ? WideKernel<true, kTokens> : WideKernel<false, kTokens>, dim3(a.ctas),
+                (a.warps + kLoaders) * 32, bytes, true, a);
 }
 
 }  // namespace
@@ -518,8 +436,6 @@ cudaError_t BitmapWide(cudaStream_t stream, const Args& a, bool bf16) {
       return LaunchWide<64>(stream, a, bf16);
     case 128:
       return LaunchWide<128>(stream, a, bf16);
-    case 256:
-      return LaunchWide<256>(stream, a, bf16);
     default:
       return cudaErrorInvalidValue;
   }

@@ -150,17 +150,8 @@ __device__ __forceinline__ void BulkCopyOnce(uint32_t dst, const void* src, uint
       : "memory");
 }
 
-// To the same offsets in every CTA of the cluster that `ctas` has a bit for.
-__device__ __forceinline__ void BulkCopyMulticast(uint32_t dst, const void* src, uint32_t bytes,
-                                                  uint32_t barrier, uint32_t ctas) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(dst),
-      "l"(src), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(ctas))
-      : "memory");
-}
-
-// A box of a matrix that `map`, a CUtensorMap, tells of, likewise; zeros where it has nothing.
+// A box of a matrix that `map`, a CUtensorMap, tells of, zeros where it has nothing, to the same
+// offsets in every CTA of the cluster that `ctas` has a bit for.
 __device__ __forceinline__ void TileCopyMulticast(uint32_t dst, const void* map, int column,
                                                   int row, uint32_t barrier, uint32_t ctas) {
   asm volatile(
@@ -307,7 +298,7 @@ __device__ __forceinline__ bool Elect() {
 
 // v plus what the lane kDistance below has in `other`; lanes that have none below, of the kLanes
 // that belong together, keep v.
-template <int kDistance, int kLanes = 32>
+template <int kDistance, int kLanes>
 __device__ __forceinline__ uint32_t AddFromLower(uint32_t v, uint32_t other) {
   asm volatile(
       "{ .reg .pred p; .reg .b32 t; shfl.sync.up.b32 t|p, %1, %2, %3, 0xffffffff;"

@@ -92,6 +92,7 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
     return refuse("the capacities of values and index must be multiples of 16 bytes");
   if (plan.wide && (p.format != Format::kBitmap || p.weight != p.token))
     return refuse("only a bitmap times tokens of its own type can be wide");
+  if (plan.wide && p.residual) return refuse("a wide product adds no residual");
   const size_t x_row = p.k * TypeBytes(p.token), y_row = p.shards * p.rows * TypeBytes(p.token);
   for (int64_t n0 = 0; n0 < p.n; n0 += plan.chunk) {
     const int64_t n = std::min(plan.chunk, p.n - n0);

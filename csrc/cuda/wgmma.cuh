@@ -44,7 +44,6 @@ __device__ __forceinline__ uint64_t Descriptor(uint32_t address) {
   FLASHLLM_SUMS4(i), FLASHLLM_SUMS4(i + 1), FLASHLLM_SUMS4(i + 2), FLASHLLM_SUMS4(i + 3)
 #define FLASHLLM_SUMS32(i) FLASHLLM_SUMS16(i), FLASHLLM_SUMS16(i + 4)
 #define FLASHLLM_SUMS64(i) FLASHLLM_SUMS32(i), FLASHLLM_SUMS32(i + 8)
-#define FLASHLLM_SUMS128(i) FLASHLLM_SUMS64(i), FLASHLLM_SUMS64(i + 16)
 
 #define FLASHLLM_WGMMA32(type)                                                                     \
   "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type \
@@ -66,20 +65,6 @@ __device__ __forceinline__ uint64_t Descriptor(uint32_t address) {
   "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "       \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                \
   "{%64, %65, %66, %67}, %68, p, 1, 1, 0; }"
-#define FLASHLLM_WGMMA256(type)                                                            \
-  "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32." type \
-  "." type                                                                                 \
-  " "                                                                                      \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "      \
-  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "       \
-  "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "       \
-  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, "       \
-  "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "       \
-  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, "       \
-  "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "           \
-  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "         \
-  "%124, %125, %126, %127}, "                                                              \
-  "{%128, %129, %130, %131}, %132, p, 1, 1, 0; }"
 
 // c += A B, 16 columns: started, not awaited.
 template <bool kBf16>
@@ -118,18 +103,6 @@ __device__ __forceinline__ void Wgmma(float (&c)[16][4], const uint32_t (&a)[4],
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-template <bool kBf16>
-__device__ __forceinline__ void Wgmma(float (&c)[32][4], const uint32_t (&a)[4], uint64_t b) {
-  if constexpr (kBf16)
-    asm volatile(FLASHLLM_WGMMA256("bf16")
-                 : FLASHLLM_SUMS128(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  else
-    asm volatile(FLASHLLM_WGMMA256("f16")
-                 : FLASHLLM_SUMS128(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
 // The same with A in shared memory too: 64 rows that lie as B's tokens do.
 #define FLASHLLM_WGMMA128_SHARED(type)                                                     \
   "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type \
@@ -153,11 +126,9 @@ __device__ __forceinline__ void Wgmma(float (&c)[16][4], uint64_t a, uint64_t b)
 #undef FLASHLLM_SUMS16
 #undef FLASHLLM_SUMS32
 #undef FLASHLLM_SUMS64
-#undef FLASHLLM_SUMS128
 #undef FLASHLLM_WGMMA32
 #undef FLASHLLM_WGMMA64
 #undef FLASHLLM_WGMMA128
-#undef FLASHLLM_WGMMA256
 #undef FLASHLLM_WGMMA128_SHARED
 
 }  // namespace flashllm::cuda::ptx
