@@ -66,6 +66,7 @@ def main():
     args = parser.parse_args()
     gpu = jax.devices("cuda")[0]
     memory = lambda: gpu.memory_stats() or {}  # noqa: E731
+    rows = []
     for shape in args.shapes:
         for sparsity in args.sparsity:
             m, k = map(int, shape.split("x"))
@@ -102,12 +103,11 @@ def main():
                     "first_ms": round(1e3 * first, 1),
                     "peak_over_result": round(peak, 3),
                 }
-                new = not args.csv.exists()
-                with args.csv.open("a", newline="") as file:
+                rows.append(row)
+                with args.csv.open("w", newline="") as file:  # each time: a run may be cut short
                     writer = csv.DictWriter(file, row)
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(row)
+                    writer.writeheader()
+                    writer.writerows(rows)
                 print(*(f"{k}={v}" for k, v in list(row.items())[2:]), flush=True)
                 del w
 

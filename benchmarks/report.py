@@ -116,18 +116,25 @@ def every_shape(rows: list[dict]) -> None:
 
 
 def decoding(paths: Iterable[str]) -> None:
-    """A line a model, weights and batch: the last one measured."""
+    """A table a GPU with a line a model, weights and batch: the last one measured."""
     rows: dict[tuple, dict[str, str]] = {}
     for path in paths:
         with open(path) as f:
             for r in csv.DictReader(f):
-                what = ("config", "sparsity", "batch", "context", "dtype", "cache_dtype", "choice")
+                what = ("device", "config", "sparsity", "batch", "context", "dtype", "cache_dtype",
+                        "choice")  # fmt: skip
                 rows[tuple(r[name] for name in what)] = r
+    for device in dict.fromkeys(r["device"] for r in rows.values()):
+        decoding_on(device, [r for r in rows.values() if r["device"] == device])
+
+
+def decoding_on(device: str, rows: list[dict[str, str]]) -> None:
+    print(f"\n{device}\n")
     print("| model | weights of the layers | batch | ms a step | D | D / step | wanted | of R "
           "| tokens/s | prompt tokens/s | in use |\n|" + "---|" * 11)  # fmt: skip
     order = {name: i for i, (name, _) in enumerate(WANTED_STEP)}
     kept = sorted(
-        rows.values(),
+        rows,
         key=lambda r: (order.get(r["config"], 9), r["sparsity"], r["choice"], int(r["batch"])),
     )
     before = None

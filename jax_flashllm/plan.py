@@ -8,7 +8,7 @@ For up to 64 tokens there are two cuts of a W that is not very sparse: one for f
 memory is the limit (`by_memory`), and one for more. Sums of another cut are rounded in another
 order, so a token's last bit depends on which of them its batch takes. In an environment with
 JAX_FLASHLLM_BATCH_INVARIANT=1 all take the second: a token's result is the same in any batch of
-up to 64 then, where x in another dtype counts once for each of its terms (`terms`).
+up to 64 then.
 """
 
 import contextlib
@@ -182,10 +182,12 @@ def choose(
     group = next((g for g in (8, 16, 32) if total <= g), MAX_GROUP)
     groups = _ceil(total, group)
     default = model(format, rows, shards, k, dev)
-    # Many tokens fill the GPU with whole strips: nothing to combine.
-    warps = (cut or default).warps if groups == 1 else default.warps
+    # Many tokens fill the GPU with whole strips: nothing to combine. Up to 64 a token's sums are
+    # cut alike, in terms or not.
+    few = tokens <= MAX_GROUP
+    warps = (cut or default).warps if few else default.warps
     strips, units = _units(format, rows, shards, k, warps)
-    ctas = strips if groups > 1 else min(units, (cut or default).ctas)
+    ctas = min(units, (cut or default).ctas) if few else strips
     slots = 0 if strips % ctas == 0 else 2
     if n_terms > 1:
         slots = _ceil(_ceil(units, ctas), _ceil(k, _UNIT_COLS[format])) + 1

@@ -83,25 +83,39 @@ def test_a_decoded_weight_multiplies_alike(format, shards, with_bias, activation
 
 
 @needs_cuda_build
-def test_many_tokens_lower_to_the_wide_kernel():
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ((16,), ["wide = 0", "group = 16"]),
+        ((17,), ["wide = 1", "group = 32"]),
+        ((32,), ["wide = 1", "group = 32"]),
+        ((33,), ["wide = 1", "group = 64"]),
+        ((64,), ["wide = 1", "group = 64"]),
+        ((65,), ["wide = 1", "group = 128"]),
+        ((2, 40), ["wide = 1", "group = 128"]),
+        ((128,), ["wide = 1", "group = 128"]),
+        ((129,), ["wide = 1", "group = 256"]),
+        ((1023,), ["wide = 1", "group = 256"]),
+        ((1024,), ["flashllm_decode_bitmap_v1", "dot_general"]),
+    ],
+    ids=str,
+)
+def test_the_number_of_tokens_decides_on_the_kernel(tokens, expected, monkeypatch):
+    monkeypatch.setattr(plan, "device", lambda: H100)
+    w = jax_flashllm.encode(np.eye(100, 130, dtype=np.float16), format="bitmap")
+    text = _lowered(jax_flashllm.spmm, w, jnp.ones((*tokens, 130), jnp.float16))
+    for part in expected:
+        assert part in text
+    assert ("flashllm_spmm_bitmap_v1" in text) == ("wide" in expected[0])
+
+
+@needs_cuda_build
+def test_only_a_bitmap_times_tokens_of_its_own_type_is_wide():
     dense = np.eye(100, 130, dtype=np.float16)
-    x = jnp.ones((2, 40, 130), jnp.float16)
-    text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="bitmap"), x)
-    assert "wide = 1" in text
-    assert "group = 128" in text
+    x = jnp.ones((80, 130), jnp.float16)
+    w = jax_flashllm.encode(dense, format="tiled_csl")
+    assert "wide = 0" in _lowered(jax_flashllm.spmm, w, x)
     w = jax_flashllm.encode(dense, format="bitmap")
-    text = _lowered(jax_flashllm.spmm, w, jnp.ones((2, plan.DENSE_TOKENS // 2, 130), jnp.float16))
-    assert "wide = 1" in text
-    assert "group = 256" in text
-    text = _lowered(jax_flashllm.spmm, w, jnp.ones((plan.WIDE_DENSE_TOKENS, 130), jnp.float16))
-    assert "flashllm_decode_bitmap_v1" in text
-    text = _lowered(jax_flashllm.spmm, w, jnp.ones((17, 130), jnp.float16))
-    assert "wide = 1" in text
-    assert "group = 32" in text
-    assert "wide = 0" in _lowered(jax_flashllm.spmm, w, jnp.ones((16, 130), jnp.float16))
-    # Only a bitmap, and only tokens of its own type.
-    text = _lowered(jax_flashllm.spmm, jax_flashllm.encode(dense, format="tiled_csl"), x)
-    assert "wide = 0" in text
     assert "wide = 0" in _lowered(jax_flashllm.spmm, w, x.astype(jnp.float32))
 
 
@@ -246,6 +260,15 @@ def test_the_cut_depends_on_the_batch_once_or_never(format, fill, few, monkeypat
     for shape in SHAPES:
         (cut,) = _cuts(format, shape, fill, range(1, 65))
         assert cut == plan.model(format, shape[0], 1, shape[1], H100)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+def test_up_to_64_tokens_in_terms_are_cut_alike(shape, format):
+    m, k = shape
+    plans = [plan.choose(format, m, 1, k, n, t, H100) for t in (1, 2, 3) for n in (1, 22, 33, 64)]
+    assert len({(p.ctas, p.warps) for p in plans}) == 1
+    assert all(p.chunk >= n for p, n in zip(plans, 3 * [1, 22, 33, 64], strict=True))
 
 
 def test_many_tokens_need_no_workspace_without_wgmma():

@@ -245,6 +245,20 @@ def test_same_bits_every_time_and_in_every_batch(format, density, invariant, mon
     assert (few == first[:16]).all() == same
 
 
+@pytest.mark.parametrize("token", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_same_bits_in_every_batch_of_tokens_in_terms(format, token, monkeypatch):
+    """Each is two or three to the kernels, in up to three groups of 64."""
+    monkeypatch.setenv("JAX_FLASHLLM_BATCH_INVARIANT", "1")
+    w = jax_flashllm.encode(sparse_matrix((1936, 14848), np.float16, 0.5), format=format)
+    x = _normals((64, 14848), token)
+    run = jax.jit(lambda w, x: jax_flashllm.spmm(w, x))
+    all_64 = bits(run(w, x))
+    np.testing.assert_array_equal(bits(run(w, x)), all_64)
+    for n in (1, 3, 8, 16, 21, 22, 32, 33, 48, 63):
+        np.testing.assert_array_equal(bits(run(w, x[:n])), all_64[:n], err_msg=f"{n=}")
+
+
 # ---- encoding where the weights lie ----
 
 
