@@ -4,6 +4,7 @@
     compute-sanitizer --tool memcheck python tests/stress/sanitize_gpu.py --garbage 200
     compute-sanitizer --tool racecheck --num-cuda-barriers 1024 python tests/stress/sanitize_gpu.py
         --one-warp
+    compute-sanitizer --tool synccheck python tests/stress/sanitize_gpu.py --many-tokens
 
 Handlers are called as XLA calls them, through a call frame, here made by ctypes; memory comes from
 the CUDA driver. Products, chains of them, decoding, sampling and encoding of small weights and
@@ -12,6 +13,7 @@ each head size.
 The last line names the handlers that were not called. --garbage changes offsets, masks, codes,
 positions and lengths first: results are then any numbers, but no access may leave a buffer.
 --one-warp: bitmaps alone, by CTAs with one warp that computes (docs/reliability.md says why).
+--many-tokens: products of more than 128 tokens alone, bitmap_gemm.cu.
 --host runs the CPU's handlers, which checks this script where there is no GPU.
 """
 
@@ -352,7 +354,7 @@ def valid(run: Runtime, quick: bool) -> int:
         count += 4
     if run.host:
         return count
-    count += long_strips(run, quick)
+    count += long_strips(run, quick) + many_tokens(run)
     # 2048 tokens, for which W is decoded and XLA multiplies.
     for format in FORMATS:
         dense, w = weight((40, 136), np.float16, 0.3, format, 1, 0)
@@ -393,13 +395,43 @@ def long_strips(run: Runtime, quick: bool, cut: plan.Cut | None = None) -> int:
         token = FLOATS[0] if n == 20 else dtype  # in terms: 64 tokens a group
         shape, density, shards = [((200, 4160), 0.3, 1), ((700, 1100), 0.9, 2)][i // 2 % 2]
         dense, w = weight(shape, dtype, density, format, shards, i)
-        x = np.random.default_rng(i).standard_normal((n, shape[1]), np.float32).astype(token)
+        rng, activation = np.random.default_rng(i), (None, "relu", "gelu")[i % 3]
+        x = rng.standard_normal((n, shape[1]), np.float32).astype(token)
+        bias = rng.standard_normal(shape[0], np.float32).astype(token) if i % 2 else None
+        padded = None if bias is None else np.pad(bias, (0, w.shards * w.shard_rows - shape[0]))
         with plan.forced(cut) if cut else contextlib.nullcontext():
-            y = spmm(run, w, x, None, None)
-        assert_product(y, x, dense, None, None)
+            y = spmm(run, w, x, padded, activation)
+        assert_product(y, x, dense, bias, activation)
         count += 1
     plan.device = lambda: device
     return count
+
+
+def many_tokens(run: Runtime) -> int:
+    """Products by bitmap_gemm.cu: K and M ragged and not, groups full and not, strips shared."""
+    device, cases = plan.device(), 0
+    for i, ((m, k), n, density, shards, cores) in enumerate(
+        [
+            ((200, 4160), 200, 0.3, 1, 6),  # two strips by three clusters
+            ((700, 1100), 300, 0.9, 2, 2),  # K of no tensor map; two groups by one cluster
+            ((40, 136), 129, 0.3, 1, 132),
+            ((1111, 520), 257, 0.02, 1, 132),
+            ((256, 8192), 512, 0.05, 1, 132),  # a unit a cluster
+            ((64, 64), 130, 0.0, 1, 132),
+        ]
+    ):
+        plan.device = lambda cores=cores: dataclasses.replace(device, cores=cores)
+        dtype, activation = HALVES[i % 2], (None, "relu", "gelu")[i % 3]
+        dense, w = weight((m, k), dtype, density, "bitmap", shards, i)
+        rng = np.random.default_rng(i)
+        x = rng.standard_normal((n, k), np.float32).astype(dtype)
+        bias = rng.standard_normal(m, np.float32).astype(dtype) if i % 3 else None
+        padded = None if bias is None else np.pad(bias, (0, w.shards * w.shard_rows - m))
+        y = spmm(run, w, x, padded, activation)
+        assert_product(y, x, dense, bias, activation)
+        cases += 1
+    plan.device = lambda: device
+    return cases
 
 
 def garbage(run: Runtime, count: int, seed: int) -> int:
@@ -425,7 +457,7 @@ def garbage(run: Runtime, count: int, seed: int) -> int:
             values = values[:, : max(8, values.shape[1] // 16 * 8)]
         name = "masks" if format == "bitmap" else "index"
         w = type(w)(offsets=offsets, values=values, shape=shape, grid=w.grid, **{name: index})
-        n, token = int(rng.choice([1, 8, 12, 20, 40, 70])), FLOATS[i % 3]
+        n, token = int(rng.choice([1, 8, 12, 20, 40, 70, 150])), FLOATS[i % 3]
         x = rng.standard_normal((n, shape[1]), np.float32).astype(token)
         rows = np.resize(dense, (w.shards * w.shard_rows, shape[1]))
         calls = [(spmm, w, x, None, None), (decode, w), (sample, w, rows)]
@@ -455,11 +487,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="fewer numbers of tokens")
     parser.add_argument("--one-warp", action="store_true", help="for racecheck")
+    parser.add_argument("--many-tokens", action="store_true", help="more than 128, alone")
     parser.add_argument("--host", action="store_true")
     options = parser.parse_args()
     run, start = Runtime(options.host), time.monotonic()
     if options.one_warp:
         done = f"{long_strips(run, options.quick, plan.Cut(1, 2))} products by one warp, all right"
+    elif options.many_tokens:
+        done = f"{many_tokens(run)} products of many tokens, all right"
     elif options.garbage:
         refused = garbage(run, options.garbage, options.seed)
         done = f"{options.garbage} damaged weights, {refused} calls refused"
