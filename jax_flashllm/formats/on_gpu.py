@@ -112,26 +112,26 @@ def count(dense, *, format, grid, step, nonzeros=False):
 
 @partial(jax.jit, static_argnames=("format", "grid", "capacity", "index_capacity"))
 def fill(known, dense, *, format, grid, capacity, index_capacity):
-    """[values], or [index, values] of Tiled-CSL."""
+    """(values,), or (index, values) of Tiled-CSL."""
     new = _new(dense.shape, dense.dtype, format, grid, capacity, index_capacity)
     return _call(f"fill_{format}", new, *known, dense, grid=grid)
 
 
 @lru_cache  # a small matrix takes no longer than such work of the host
-def _known(shape, format, grid) -> list[jax.ShapeDtypeStruct]:
+def _known(shape, format, grid) -> tuple[jax.ShapeDtypeStruct, ...]:
     S, rows, cols = _shard(shape, grid)
     if format == "bitmap":
         bands, tiles, blocks = bitmap.grid_of(rows, cols)
-        return [_words(S, bands, tiles, 32), _words(S, bands * blocks + 1)]
+        return _words(S, bands, tiles, 32), _words(S, bands * blocks + 1)
     bands, blocks = tiled_csl.grid_of(rows, cols)
-    return [_words(S, bands * blocks + 1, 2)]
+    return (_words(S, bands * blocks + 1, 2),)
 
 
 @lru_cache
-def _new(shape, dtype, format, grid, capacity, index_capacity) -> list[jax.ShapeDtypeStruct]:
+def _new(shape, dtype, format, grid, capacity, index_capacity) -> tuple[jax.ShapeDtypeStruct, ...]:
     S, *_ = _shard(shape, grid)
     values = jax.ShapeDtypeStruct((S, capacity), dtype)
-    return [values] if format == "bitmap" else [_words(S, index_capacity), values]
+    return (values,) if format == "bitmap" else (_words(S, index_capacity), values)
 
 
 def _call(target: str, out: Any, *operands: jax.Array, grid: tuple[int, int]) -> Any:

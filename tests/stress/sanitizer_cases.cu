@@ -9,8 +9,7 @@
 //   errors
 //               ring_all      every lane frees it                                   right   0
 //               ring_wrong    the same, and the copies do not wait for it           wrong   2
-//               one_lane      as ring_all                                           right   0
-//               two_lanes     two such rings, filled by two lanes of one warp       right   1
+//               two_rings     two such rings, filled by two lanes of one warp       right   1
 //   synccheck   sites         warps meet at the CTA's barrier from two places       right   errors
 //               sites_any     the same by barrier.sync, whose threads need not      right   0
 //                             come from one place
@@ -56,63 +55,29 @@ __device__ void Copy(uint32_t to, const void* from, uint32_t bytes, uint32_t ful
   Arrive(full);
 }
 
-// One lane of warp 1 fills stages with bulk copies, warp 0 reads them.
-template <bool kAll, bool kWaits>
-__global__ void Ring(const uint32_t* from, uint32_t* to) {
-  __shared__ __align__(128) uint32_t ring[kStages][kWords];
-  __shared__ __align__(8) uint64_t barriers[2 * kStages];
-  const uint32_t full = At(barriers), empty = full + kStages * 8;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x == 32) {
-    for (int i = 0; i < kStages; ++i) Init(full + i * 8, 1), Init(empty + i * 8, kAll ? 32 : 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  }
-  __syncthreads();
-  if (warp == 1) {
-    if (lane == 0)
-      for (int i = 0; i < kRounds; ++i) {
-        const int slot = i % kStages;
-        if (kWaits)
-          Wait(empty + slot * 8, i / kStages & 1 ^ 1);
-        else
-          __nanosleep(20000);
-        Copy(At(ring[slot]), from + i * kWords, kWords * 4, full + slot * 8);
-      }
-    return;
-  }
-  for (int i = 0; i < kRounds; ++i) {
-    const int slot = i % kStages;
-    Wait(full + slot * 8, i / kStages & 1);
-    uint32_t v[2];
-    for (int k = 0; k < 2; ++k)
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[k]) : "r"(At(ring[slot] + k * 32 + lane)));
-    if (kAll) {
-      Arrive(empty + slot * 8);
-    } else {
-      __syncwarp();
-      if (lane == 0) Arrive(empty + slot * 8);
-    }
-    for (int k = 0; k < 2; ++k) to[i * kWords + k * 32 + lane] = v[k];
-  }
-}
-
-// As ring_all, with kRings rings: one warp fills them, a lane a ring, and a warp each reads them.
-template <int kRings>
-__global__ void Lanes(const uint32_t* from, uint32_t* to) {
+// kRings rings: one warp fills them with bulk copies, a lane a ring, and a warp each reads them.
+// kAll: every lane frees a stage, not lane 0 for its warp. Without kWaits copies do not wait for
+// it.
+template <int kRings, bool kAll, bool kWaits>
+__global__ void Rings(const uint32_t* from, uint32_t* to) {
   __shared__ __align__(128) uint32_t rings[kRings][kStages][kWords];
   __shared__ __align__(8) uint64_t barriers[kRings][2 * kStages];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int ring = warp < kRings ? warp : lane % kRings;
   const uint32_t full = At(barriers[ring]), empty = full + kStages * 8;
-  if (warp == kRings && lane < kRings)
-    for (int i = 0; i < kStages; ++i) Init(full + i * 8, 1), Init(empty + i * 8, 32);
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  if (warp == kRings && lane < kRings) {
+    for (int i = 0; i < kStages; ++i) Init(full + i * 8, 1), Init(empty + i * 8, kAll ? 32 : 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
   __syncthreads();
   if (warp == kRings) {
     for (int i = 0; lane < kRings && i < kRounds; ++i) {
       const int slot = i % kStages;
-      Wait(empty + slot * 8, i / kStages & 1 ^ 1);
+      if (kWaits)
+        Wait(empty + slot * 8, i / kStages & 1 ^ 1);
+      else
+        __nanosleep(20000);
       Copy(At(rings[ring][slot]), from + i * kWords, kWords * 4, full + slot * 8);
     }
     return;
@@ -125,7 +90,12 @@ __global__ void Lanes(const uint32_t* from, uint32_t* to) {
       asm volatile("ld.shared.u32 %0, [%1];"
                    : "=r"(v[k])
                    : "r"(At(rings[warp][slot] + k * 32 + lane)));
-    Arrive(empty + slot * 8);
+    if (kAll) {
+      Arrive(empty + slot * 8);
+    } else {
+      __syncwarp();
+      if (lane == 0) Arrive(empty + slot * 8);
+    }
     if (warp == 0)
       for (int k = 0; k < 2; ++k) to[i * kWords + k * 32 + lane] = v[k];
   }
@@ -163,9 +133,11 @@ int main(int argc, char** argv) {
     const char* name;
     int threads;
     void (*kernel)(const uint32_t*, uint32_t*);
-  } cases[] = {{"ring", 64, Ring<false, true>},       {"ring_all", 64, Ring<true, true>},
-               {"ring_wrong", 64, Ring<true, false>}, {"one_lane", 64, Lanes<1>},
-               {"two_lanes", 96, Lanes<2>},           {"sites", 256, Sites<false>},
+  } cases[] = {{"ring", 64, Rings<1, false, true>},
+               {"ring_all", 64, Rings<1, true, true>},
+               {"ring_wrong", 64, Rings<1, true, false>},
+               {"two_rings", 96, Rings<2, true, true>},
+               {"sites", 256, Sites<false>},
                {"sites_any", 256, Sites<true>}};
   for (const auto& c : cases) {
     if (argc > 1 && std::strcmp(argv[1], c.name)) continue;
