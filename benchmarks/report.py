@@ -96,23 +96,26 @@ def means(rows: list[dict]) -> None:
 
 
 def every_shape(rows: list[dict]) -> None:
-    """A line a shape: cuBLAS / ours at some sparsities and all N up to 64."""
-    ours = [r for r in rows if r["kernel"] == OURS and r["N"] <= 64]
-    tokens = sorted({r["N"] for r in ours})
-    kept = sorted({r["sparsity"] for r in ours})
-    print(f"\n| cuBLAS / ours, N = {', '.join(map(str, tokens))} | "
-          + " | ".join(f"{s:.0%}" for s in kept) + " |")  # fmt: skip
-    print("|---" * (len(kept) + 1) + "|")
-    found = {(r["M"], r["K"], r["sparsity"], r["N"]): r["vs_cublas"] for r in ours}
-    for m, k in sorted(dict.fromkeys((r["M"], r["K"]) for r in ours), key=lambda s: s[0] * s[1]):
-        cells = [
-            " ".join(
-                "-" if v is None else f"**{v:.2f}**" if v < 1 else f"{v:.2f}"
-                for v in (found.get((m, k, s, n)) for n in tokens)
-            )
-            for s in kept
-        ]
-        print(f"| {m}x{k} | " + " | ".join(cells) + " |")
+    """A line a shape: cuBLAS / ours by sparsity and N; a table up to 64 tokens, one for more."""
+    ours = [r for r in rows if r["kernel"] == OURS]
+    for part in ([r for r in ours if r["N"] <= 64], [r for r in ours if r["N"] > 64]):
+        if not part:
+            continue
+        tokens = sorted({r["N"] for r in part})
+        kept = sorted({r["sparsity"] for r in part})
+        print(f"\n| cuBLAS / ours, N = {', '.join(map(str, tokens))} | "
+              + " | ".join(f"{s:.0%}" for s in kept) + " |")  # fmt: skip
+        print("|---" * (len(kept) + 1) + "|")
+        found = {(r["M"], r["K"], r["sparsity"], r["N"]): r["vs_cublas"] for r in part}
+        for m, k in sorted({(r["M"], r["K"]) for r in part}, key=lambda s: (s[0] * s[1], s)):
+            cells = [
+                " ".join(
+                    "-" if v is None else f"**{v:.2f}**" if v < 1 else f"{v:.2f}"
+                    for v in (found.get((m, k, s, n)) for n in tokens)
+                )
+                for s in kept
+            ]
+            print(f"| {m}x{k} | " + " | ".join(cells) + " |")
 
 
 def decoding(paths: Iterable[str]) -> None:
