@@ -56,8 +56,7 @@ __device__ void Copy(uint32_t to, const void* from, uint32_t bytes, uint32_t ful
 }
 
 // kRings rings: one warp fills them with bulk copies, a lane a ring, and a warp each reads them.
-// kAll: every lane frees a stage, not lane 0 for its warp. Without kWaits copies do not wait for
-// it.
+// kAll: every lane frees a stage, not lane 0 for its warp. kWaits: copies wait for that.
 template <int kRings, bool kAll, bool kWaits>
 __global__ void Rings(const uint32_t* from, uint32_t* to) {
   __shared__ __align__(128) uint32_t rings[kRings][kStages][kWords];
