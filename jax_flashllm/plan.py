@@ -225,20 +225,20 @@ def _wide(bands: int, k: int, tokens: int, dev: Device) -> Plan:
 
 
 def chain(
-    weights: Sequence[tuple[str, tuple[int, int], int]], tokens: int, dev: Device
+    weights: Sequence[tuple[str, tuple[int, int], int]], tokens: int, widest: int, dev: Device
 ) -> tuple[list[Plan], int]:
     """Plans the products of a chain, for 1 to 32 tokens, and the bytes of its workspace.
 
-    weights: format, [M, K] and room for values of each W, which is one block. The workspace is two
-    products' results, which take turns, and then each product's own.
+    weights: format, [M, K] and room for values of each W, which is one block.   widest: the most
+    features that a stage gives. The workspace is two stages' results, which take turns, and then
+    what a product needs for itself.
     """
     dev = dataclasses.replace(dev, wgmma=False)  # csrc/cuda/handlers.cc: mma alone
     plans = []
     for format, (m, k), values in weights:
         cut = cut_for(format, m, 1, k, dev, by_memory(format, tokens, values / (m * k)))
         plans.append(choose(format, m, 1, k, tokens, 1, dev, cut))
-    result = _align(tokens * max(m for _, (m, _), _ in weights) * 2)
-    return plans, 2 * result + sum(_align(p.workspace) for p in plans)
+    return plans, 2 * _align(tokens * widest * 2) + max(_align(p.workspace) for p in plans)
 
 
 # Cuts 3% faster or more than the model's (benchmarks/cuts.py), by GPU, format, M and K; one shard.

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_flashllm.attention import put
 from jax_flashllm.models.config import OPTConfig
 
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)
@@ -67,11 +68,3 @@ class KVCache:
     def write(self, layer: int, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Layer `layer`'s keys and values with k and v, [B * h, T, d], put at the next slots."""
         return put(self.keys[layer], k, self.length), put(self.values[layer], v, self.length)
-
-
-def put(held: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """`held` [B * h, S, d] with `new` [B * h, T, d] at slots `at` and on."""
-    if held.dtype == jnp.float8_e4m3fn:  # it has no Inf: what is past its range would be NaN
-        most = float(jnp.finfo(held.dtype).max)
-        new = jnp.clip(new, -most, most)
-    return lax.dynamic_update_slice(held, new.astype(held.dtype), (0, at, 0))

@@ -8,6 +8,8 @@ vocabulary. Zhang et al., OPT: Open Pre-trained Transformer Language Models (202
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -18,8 +20,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from jax_flashllm.chain import Stage, chain
-from jax_flashllm.models.attention import attend, decode
+from jax_flashllm.attention import attend, decode, supports
+from jax_flashllm.chain import Attend, Stage, chain
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout
@@ -111,26 +113,41 @@ class Product(NamedTuple):
 
 
 def apply_row(
-    products: Sequence[Product], x: jax.Array, h: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """h and x after all `products`: as one `chain` if they are sparse, else one by one.
+    stages: Sequence[Product | Attend], x: jax.Array, h: jax.Array
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """h and x after all `stages`, and keys and values of each attention in turn.
 
+    As few calls of `chain` as there can be, with what cannot be part of one in between.
     x: [..., K] of the first.   h: [..., H], the residual stream.
     """
-    if all(_can_chain(p, x.dtype, h.dtype) for p in products):
-        return chain(x, h, [_stage(p) for p in products], LAYER_NORM_EPSILON)
-    for p in products:
-        y = apply(p.layer, x, p.activation)
-        if p.add:
+    rest, held = list(stages), []
+    while rest:
+        can_chain = functools.partial(_can_chain, dtypes=(x.dtype, h.dtype))
+        run = list(itertools.takewhile(can_chain, rest))
+        if any(isinstance(s, Product) for s in run):
+            row = [s if isinstance(s, Attend) else _stage(s) for s in run]
+            h, x, *kv = chain(x, h, row, LAYER_NORM_EPSILON)
+            held += kv
+            del rest[: len(run)]
+            continue
+        s = rest.pop(0)
+        if isinstance(s, Attend):
+            x, *kv = s(x)
+            held += kv
+            continue
+        y = apply(s.layer, x, s.activation)
+        if s.add:
             h = h + y
-            x = h if p.norm is None else p.norm(h)
+            x = h if s.norm is None else s.norm(h)
         else:
             x = y
-    return h, x
+    return h, x, held
 
 
-def _can_chain(p: Product, *dtypes: Any) -> bool:
+def _can_chain(p: Product | Attend, dtypes: tuple) -> bool:
     """Whether a stage of a chain gives what layer and norm give, in these dtypes."""
+    if isinstance(p, Attend):
+        return supports(p.keys)
     parts = (p.layer, p.norm) if p.add else (p.layer,)
     return isinstance(p.layer, SparseDense) and all(
         part is not None and part.dtype is not None and jnp.dtype(part.dtype) == dtype
@@ -206,25 +223,12 @@ class Attention(nnx.Module):
         `implementation` counts where they do.
         Returns [B, T, H] and, with a cache, the layer's keys and values after this.
         """
-        y, kv = self.mix(apply(self.qkv_proj, x), mask, implementation, cache, layer, empty)
-        return apply(self.out_proj, y, None, self.layout), kv
-
-    def mix(
-        self,
-        qkv: jax.Array,
-        mask: jax.Array | None,
-        implementation: Implementation = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
-        empty: bool = False,
-    ):
-        """`__call__` between its products.   qkv: [B, T, 3H].   Returns [B, T, H] and the rest."""
-        B, T, _ = qkv.shape
-        qkv = qkv.reshape(B, T, 3, self.num_heads, -1)
+        B, T, _ = x.shape
+        qkv = apply(self.qkv_proj, x).reshape(B, T, 3, self.num_heads, -1)
         if T == 1 and cache is not None and mask is not None and not empty:
             held = cache.keys[layer], cache.values[layer]
             y, *kv = decode(qkv[:, 0], *held, mask[:, 0], cache.length)
-            return y[:, None], tuple(kv)
+            return apply(self.out_proj, y[:, None], None, self.layout), tuple(kv)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, h, d]
         q = q * q.shape[-1] ** -0.5  # after the bias, as OPT was trained
         # [B, T, h, d] -> [B * h, T, d]
@@ -235,13 +239,13 @@ class Attention(nnx.Module):
             y = jax.nn.dot_product_attention(
                 q, k, v, mask=mask, scale=1.0, is_causal=mask is None, implementation=implementation
             )
-            return y.reshape(B, T, -1), kv
-        if kv is not None and not empty:
-            K, V = (a.astype(q.dtype) for a in kv)
-        if mask is None:
-            mask = jnp.tril(jnp.ones((1, T, T), bool))
-        y = attend(Q, K, V, mask)
-        return y.reshape(B, self.num_heads, T, -1).swapaxes(1, 2).reshape(B, T, -1), kv
+        else:
+            if kv is not None and not empty:
+                K, V = (a.astype(q.dtype) for a in kv)
+            if mask is None:
+                mask = jnp.tril(jnp.ones((1, T, T), bool))
+            y = attend(Q, K, V, mask).reshape(B, self.num_heads, T, -1).swapaxes(1, 2)
+        return apply(self.out_proj, y.reshape(B, T, -1), None, self.layout), kv
 
 
 class DecoderLayer(nnx.Module):
@@ -355,7 +359,7 @@ class OPT(nnx.Module):
             mask = jnp.tril(jnp.ones((T, T), bool)) & (new > 0)[:, None, :]
 
         x = self.embed(input_ids, positions)
-        if T == 1 and cache is not None and not empty and self._has_rows:
+        if T == 1 and cache is not None and mask is not None and not empty and self._has_rows:
             x, written = self._next(x, mask, cache)
         else:
             written = []
@@ -381,28 +385,25 @@ class OPT(nnx.Module):
         """Whether a residual stream passes from attention to attention, on one device."""
         return self.config.do_layer_norm_before and self.layout is None and len(self.layers) > 0
 
-    def _next(self, h: jax.Array, mask: jax.Array | None, cache: KVCache):
+    def _next(self, h: jax.Array, mask: jax.Array, cache: KVCache):
         """The layers and the last norm for one token, h [B, 1, H], after what the cache holds.
 
-        The products between two attentions are a row: out_proj, fc1, fc2, and the next qkv_proj.
+        They are one row: where all is sparse, one call.
         """
-        first = self.layers[0]
-        x = apply(first.self_attn.qkv_proj, first.self_attn_layer_norm(h))
-        written = []
+        row = []
         for i, layer in enumerate(self.layers):
-            y, kv = layer.self_attn.mix(x, mask, None, cache, i)
-            written.append(kv)
+            attention = layer.self_attn
             after = self.layers[i + 1] if i + 1 < len(self.layers) else None
             norm = self.final_layer_norm if after is None else after.self_attn_layer_norm
-            row = [
-                Product(layer.self_attn.out_proj, add=True, norm=layer.final_layer_norm),
+            row += [
+                Product(attention.qkv_proj),
+                Attend(cache.keys[i], cache.values[i], mask[:, 0], cache.length),
+                Product(attention.out_proj, add=True, norm=layer.final_layer_norm),
                 Product(layer.fc1, layer.activation),
                 Product(layer.fc2, add=True, norm=norm),
             ]
-            if after is not None:
-                row.append(Product(after.self_attn.qkv_proj))
-            h, x = apply_row(row, y, h)
-        return x, written
+        _, x, held = apply_row(row, self.layers[0].self_attn_layer_norm(h), h)
+        return x, list(zip(held[::2], held[1::2], strict=True))
 
     def embed(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """What the first layer sees, [B, T, H].   input_ids: int [B, T].   positions: from 0."""

@@ -1,6 +1,7 @@
 """Chains: what they compute, where they are one call, and OPT's decode step made of them."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -12,9 +13,9 @@ from flax import nnx
 from reference import FLOATS, FORMATS, HALVES, DenseStage, assert_chain, bits, sparse_matrix
 
 import jax_flashllm
+from jax_flashllm import attention, plan
 from jax_flashllm import chain as chains
-from jax_flashllm import plan
-from jax_flashllm.chain import Stage, chain
+from jax_flashllm.chain import Attend, Stage, chain
 from jax_flashllm.models import opt
 from jax_flashllm.models.cache import KVCache
 
@@ -117,6 +118,100 @@ def test_epsilon_counts():
     x, h = (a * np.float16(2**-8) for a in tokens((2,), 64))
     results = [np.asarray(run(x, h, stages, epsilon=e)[1]) for e in (1e-5, 1.0)]
     assert np.abs(results[0] - results[1]).max() > 0.1
+
+
+# ---- attention ----
+
+
+def attending(B, h, d, S=12, length=7, dtype=np.float16, cache=None):
+    """A stage with a cache of random numbers, pads in its first row."""
+    keys, values = (
+        jnp.asarray(vector((B * h, S, d), dtype, 50 + i)).astype(cache or dtype) for i in range(2)
+    )
+    mask = np.broadcast_to(np.arange(S) <= length, (B, S)).copy()
+    mask[0, :2] = False
+    return Attend(keys, values, jnp.asarray(mask), jnp.int32(length))
+
+
+def layer(H, F, dtype=np.float16):
+    """The stages of a layer from q, k and v on, without attention."""
+    out, fc1, fc2, qkv = encoded(row(H, F, dtype))
+    return [qkv, out, fc1, fc2]
+
+
+@pytest.mark.parametrize("cache", [None, jnp.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_attention_is_a_stage(dtype, cache):
+    H, h = 64, 4
+    products = layer(H, 128, dtype)
+    x, residual = tokens((3, 1), H, dtype)
+    a, b = (attending(3, h, H // h, length=n, dtype=dtype, cache=cache) for n in (7, 0))
+    got = run(x, residual, [products[0], a, *products[1:], products[0], b, *products[1:2]])
+
+    @jax.jit
+    def expected(x, residual):
+        kv = []
+        for s, rest in ((a, products[1:]), (b, products[1:2])):
+            _, qkv = chain(x, residual, products[:1])
+            y, *held = attention.decode(
+                qkv.reshape(3, 3, h, H // h), s.keys, s.values, s.mask, s.length
+            )
+            residual, x = chain(y.reshape(3, 1, H), residual, rest)
+            kv += held
+        return residual, x, *kv
+
+    want = expected(x, residual)
+    assert len(got) == len(want) == 6
+    for one, other in zip(got, want, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        np.testing.assert_array_equal(bits(one), bits(other))
+    assert not np.array_equal(bits(got[2]), bits(a.keys))  # the new token's
+    np.testing.assert_array_equal(bits(got[4])[:, 1:], bits(b.keys)[:, 1:])
+
+
+def test_attention_under_vmap_and_derivatives():
+    H, h = 32, 2
+    qkv, out, *_ = layer(H, 64)
+    stages = [qkv, attending(3, h, H // h, dtype=np.float32), out]
+    x, residual = (a.astype(np.float32) for a in tokens((2, 3), H))
+
+    def through(x, keys):
+        return chain(x, residual[0], [qkv, dataclasses.replace(stages[1], keys=keys), out])
+
+    keys = jnp.stack([stages[1].keys, stages[1].keys + 1])
+    both = jax.jit(jax.vmap(through))(x, keys)
+    for i in range(2):
+        for a, b in zip(both, jax.jit(through)(x[i], keys[i]), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
+    shared = jax.jit(jax.vmap(through, in_axes=(0, None)))(x, keys[0])
+    np.testing.assert_allclose(shared[0], both[0].at[1].set(through(x[1], keys[0])[0]), rtol=1e-5,
+                               atol=1e-5)  # fmt: skip
+    dx, dkeys = jax.grad(lambda *a: jnp.sum(jnp.sin(through(*a)[1])), argnums=(0, 1))(x[0], keys[0])
+    _, forward = jax.jvp(lambda x: jnp.sum(jnp.sin(through(x, keys[0])[1])), (x[0],), (x[1],))
+    np.testing.assert_allclose(forward, jnp.vdot(dx, x[1]), rtol=1e-4)
+    assert np.abs(dkeys[:, 2:7]).max() > 1e-3
+    assert not dkeys[:, 7:].any()  # the new slot was overwritten, later ones are closed
+
+
+def test_errors_of_attention():
+    qkv, out, *_ = layer(64, 128)
+    x, h = tokens((3,), 64)
+    good = attending(3, 4, 16)
+
+    def fails(match, x=x, h=h, **changes):
+        with pytest.raises(ValueError, match=match):
+            chain(x, h, [qkv, dataclasses.replace(good, **changes), out])
+
+    fails(r"stage 1: keys are float16\[12, 12, 16\] and values float16\[12, 11, 16\]",
+          values=good.values[:, 1:])  # fmt: skip
+    fails(r"stage 1: keys are float16.* and values float32", values=good.values.astype(np.float32))
+    fails(r"mask is bool\[2, 12\].*pass bool\[3, 12\], for 3 tokens", mask=good.mask[:2])
+    fails(r"mask is int32\[3, 12\]", mask=good.mask.astype(np.int32))
+    fails(r"length of shape \[1\]", length=good.length[None])
+    fails(r"x is \[3, 192\] but keys are \[9, 12, 16\].* 432 / 3", keys=good.keys[:9],
+          values=good.values[:9])  # fmt: skip
+    fails(r"x is \[3, 192\] but keys are \[11, 12, 16\]", keys=good.keys[:11],
+          values=good.values[:11])  # fmt: skip
 
 
 # ---- JAX ----
@@ -253,7 +348,7 @@ def test_lowering_holds_target_and_attributes(cuda):
     assert "@flashllm_chain_v1" in call
     weights = [(s.weight.format, s.weight.shape, s.weight.values.size) for s in stages]
     assert [format for format, *_ in weights] == FORMATS * 2
-    plans, workspace = plan.chain(weights, 6, plan.device())
+    plans, workspace = plan.chain(weights, 6, 192, plan.device())
     for name, values in {
         "m": [64, 192, 64, 192],
         "k": [64, 64, 192, 64],
@@ -319,15 +414,15 @@ def test_plans_are_sound(n):
         ("bitmap", (H, F), H * F // 5),
         ("tiled_csl", (3 * H, H), 3 * H * H),
     ]
-    plans, workspace = plan.chain(weights, n, H100)
-    expected = 2 * -(-n * F * 2 // 256) * 256
+    plans, workspace = plan.chain(weights, n, F, H100)
+    own = []
     for (format, (m, k), _), p in zip(weights, plans, strict=True):
         by_memory = int(n <= 16 and p is plans[0])
         cut = plan.model(format, m, 1, k, H100, by_memory)
         assert p == plan.choose(format, m, 1, k, n, 1, H100, cut)
         assert p.group == {1: 8, 9: 16, 32: 32}[n]
-        expected += -(-p.workspace // 256) * 256
-    assert workspace == expected
+        own.append(-(-p.workspace // 256) * 256)
+    assert workspace == 2 * -(-n * F * 2 // 256) * 256 + max(own)
 
 
 # ---- OPT ----
@@ -366,9 +461,7 @@ def test_a_decode_step_is_the_same_with_and_without(tmp_path, monkeypatch, varia
     weights = tiny_opt.weights(config, np.float16, 0.7)
     model = opt.load(tiny_opt.save(tmp_path, config, weights), dtype=dtype)
     with_chains = steps(model, dtype)
-    # The last row ends in the model's own norm, where it has one.
-    last = variant != "no_final_norm"
-    assert chains_in(model) == (1 + last if config.get("do_layer_norm_before", True) else 0)
+    assert chains_in(model) == int(config.get("do_layer_norm_before", True))
     monkeypatch.setattr(opt.OPT, "_has_rows", False)
     assert chains_in(model) == 0
     for a, b in zip(with_chains, steps(model, dtype), strict=True):
@@ -387,25 +480,44 @@ def test_rows_with_a_dense_layer_are_no_chains(tmp_path, monkeypatch):
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
-def test_layers_that_compute_in_other_dtypes_are_no_chains(tmp_path):
+def test_layers_that_compute_in_other_dtypes_are_in_no_chain(tmp_path):
     config = tiny_opt.config("plain")
     weights = tiny_opt.weights(config, np.float16, 0.7)
     model = opt.load(tiny_opt.save(tmp_path, config, weights), dtype=jnp.float16)
     model.layers[0].fc2.dtype = None
-    model.layers[1].final_layer_norm.dtype = jnp.float32
-    assert chains_in(model) == 0
+    assert chains_in(model) == 2
+    model.layers[1].final_layer_norm.dtype = jnp.float32  # behind out_proj; fc1 takes float32
+    assert chains_in(model) == 3
 
 
-def test_a_decode_step_on_a_gpu_is_a_call_a_layer(cuda, monkeypatch, tmp_path):
+def test_heads_of_no_whole_pieces_attend_between_chains(tmp_path):
+    config = tiny_opt.config("plain", num_hidden_layers=2)
+    weights = tiny_opt.weights(config, np.float16, 0.7)
+    model = opt.load(tiny_opt.save(tmp_path, config, weights), dtype=jnp.float16)
+    assert chains_in(model) == 1
+    d = model.config.head_dim
+    model.config = dataclasses.replace(model.config, num_attention_heads=config["hidden_size"] // 4)
+    for layer in model.layers:
+        layer.self_attn.num_heads = model.config.num_attention_heads
+    assert d % 8 == 0
+    assert model.config.head_dim == 4
+    assert chains_in(model) == 3
+
+
+def test_a_decode_step_on_a_gpu_is_one_call(cuda, monkeypatch, tmp_path):
     config = tiny_opt.config("plain", hidden_size=64, word_embed_proj_dim=64, ffn_dim=128)
     weights = tiny_opt.weights(config, np.float16, 0.7)
     model = opt.load(tiny_opt.save(tmp_path, config, weights), dtype=jnp.float16)
-    # What else the program does is not asked here.
-    zeros = lambda w, x, *_: jnp.zeros((*x.shape[:-1], w.shape[0]), x.dtype)  # noqa: E731
-    monkeypatch.setattr("jax_flashllm.nn.dense.spmm", zeros)
     cache = KVCache.create(model.config, 2, 12, jnp.float16)
-    traced = jax.jit(lambda *args: model(*args)).trace(np.ones((2, 1), np.int32), None, cache)
+    step = jax.jit(lambda *args: model(*args), donate_argnums=2)
+    traced = step.trace(np.ones((2, 1), np.int32), None, cache)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@flashllm_chain_v1") == 2
-    assert "m = dense<[64, 128, 64, 192]>" in text
-    assert "m = dense<[64, 128, 64]>" in text
+    (call,) = [line for line in text.splitlines() if "@flashllm_" in line]
+    assert "@flashllm_chain_v1" in call
+    layer = "192, 64, 64, 128, 64"
+    assert f"m = dense<[{layer}, {layer}]>" in call
+    assert "format = dense<[0, 2, 0, 0, 0, 0, 2, 0, 0, 0]>" in call
+    # Keys and values of both layers are updated in place.
+    assert re.findall(r"output_tuple_indices = \[(\d+)\], operand_index = (\d+)", call) == [
+        ("3", "8"), ("4", "9"), ("5", "36"), ("6", "37")
+    ]  # fmt: skip

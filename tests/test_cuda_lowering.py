@@ -11,9 +11,8 @@ import pytest
 from reference import assert_product, sparse_matrix
 
 import jax_flashllm
-from jax_flashllm import _flashllm, kernel, plan
+from jax_flashllm import _flashllm, attention, kernel, plan
 from jax_flashllm.formats import encode_on_host, on_gpu
-from jax_flashllm.models import attention
 from jax_flashllm.spmm import decode
 
 needs_cuda_build = pytest.mark.skipif(

@@ -12,7 +12,8 @@ from reference import sparse_matrix
 from tiny_opt import quick_compiles  # noqa: F401
 
 import jax_flashllm
-from jax_flashllm.models import attention, cli, memory, opt, synthetic
+from jax_flashllm import attention
+from jax_flashllm.models import cli, memory, opt, synthetic
 from jax_flashllm.models import generate as generation
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.checkpoint import open_checkpoint

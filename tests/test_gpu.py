@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,10 @@ from reference import (
 )
 
 import jax_flashllm
-from jax_flashllm import _flashllm, plan
-from jax_flashllm.chain import Stage, chain
+from jax_flashllm import _flashllm, attention, plan
+from jax_flashllm.chain import Attend, Stage, chain
 from jax_flashllm.formats import encode_on_host, on_gpu
-from jax_flashllm.models import attention, opt, synthetic
+from jax_flashllm.models import opt, synthetic
 from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.spmm import decode
@@ -522,7 +523,7 @@ def test_decode_attention_reads_what_is_written_and_no_more(cache_dtype, B, h, d
     mask = np.broadcast_to(mask, (B, S)).copy()
     mask[0, : length // 3] = False  # pads
     operands = jnp.asarray(qkv), keys, values, jnp.asarray(mask), jnp.int32(length)
-    assert attention._supports(*operands[:2])
+    assert attention.supports(operands[1])
     step = jax.jit(attention.decode, donate_argnums=(1, 2))
     assert "flashllm_decode_attention_v1" in step.lower(*operands).as_text()
     y, keys, values = step(*operands)
@@ -727,6 +728,56 @@ def test_a_batched_chain_is_one_call():
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize(("B", "h", "d"), [(1, 8, 128), (3, 12, 64), (8, 4, 80), (32, 4, 128)])
+def test_attention_in_a_chain_is_attention_behind_one(B, h, d, cache_dtype):
+    """Steps in a loop on the device, one call each, against calls that wait for one another."""
+    H, S, layers, steps = h * d, 90, 3, 40
+    dtype = ml_dtypes.bfloat16 if cache_dtype == "bfloat16" else np.float16
+    *rest, qkv = _row(H, 2048, dtype)
+    qkv = qkv._replace(w=(qkv.w / 16).astype(dtype))  # so that many slots count
+    stages = _encoded([qkv, *rest], ["bitmap", "tiled_csl"])
+    held = _normals((2 * layers, B * h, S, d), np.float32)
+    held = [jnp.asarray(a).astype(cache_dtype) for a in held]
+    mask = jnp.arange(S) >= jnp.arange(B)[:, None]  # pads
+
+    def step(length, carry):
+        x, _, held = carry
+        open = mask & (jnp.arange(S) <= length)
+        row = []
+        for i in range(layers):
+            row += [stages[0], Attend(held[2 * i], held[2 * i + 1], open, length), *stages[1:]]
+        h, x, *held = chain(x, residual, row)
+        return x, h, held
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def together(x, held):
+        return jax.lax.fori_loop(40, 40 + steps, step, (x, residual, held))
+
+    x, residual = (jnp.asarray(_normals((B, H), dtype, seed=s)) for s in (1, 2))
+    lowered = together.lower(x, held)
+    assert lowered.as_text().count("@flashllm_chain_v1") == 1
+    assert "flashllm_decode_attention_v1" not in lowered.as_text()
+    compiled = lowered.compile(compiler_options={"xla_gpu_graph_min_graph_size": 1})
+    shape = ",".join(map(str, held[0].shape))
+    assert not re.findall(rf"\[{shape}\]\S* copy\(", compiled.as_text())
+    got = compiled(x, [jnp.copy(a) for a in held])
+
+    one = jax.jit(chain)
+    attend = jax.jit(attention.decode, donate_argnums=(1, 2))
+    want, g = [jnp.copy(a) for a in held], residual
+    for length in range(40, 40 + steps):
+        open, g = mask & (jnp.arange(S) <= length), residual
+        for i in range(layers):
+            _, q = jax.block_until_ready(one(x, g, stages[:1]))
+            kv = want[2 * i : 2 * i + 2]
+            y, *kv = attend(q.reshape(B, 3, h, d), *kv, open, jnp.int32(length))
+            want[2 * i : 2 * i + 2] = jax.block_until_ready(kv)
+            g, x = jax.block_until_ready(one(y, g, stages[1:]))
+    for a, b in zip(jax.tree.leaves(got), [x, g, *want], strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
 @pytest.mark.parametrize("B", [1, 8, 20])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_opt_decodes_as_without_chains(dtype, B, monkeypatch):
@@ -749,7 +800,7 @@ def test_opt_decodes_as_without_chains(dtype, B, monkeypatch):
         return calls, np.concatenate(logits, axis=1)
 
     calls, with_chains = decoded()
-    assert calls == 6
+    assert calls == 1
     monkeypatch.setattr(opt.OPT, "_has_rows", False)
     calls, without = decoded()
     assert calls == 0

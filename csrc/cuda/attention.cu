@@ -1,33 +1,65 @@
 // Decode attention: reads the cache once, up to the slot that the new token takes.
 //
-//   CTA = one head of one row; a piece = the 16 bytes of a key or value that one lane holds
+//   cluster = one head of one row; a piece = the 16 bytes of a key or value that one lane holds
 //
 //   slot 0   [ lane 0 | lane 1 | ... | lane L - 1 ]   L lanes a slot: d of 128 in fp16 is 16
-//   slot 1   [ lane L | ...                       ]   G = 256 / L slots side by side
+//   slot 1   [ lane L | ...                       ]   G = 512 / L slots side by side, kSplit CTAs
 //   slot G   again lane 0 ...                         kUnroll such rounds in flight
 //
 // Each group of L lanes keeps a softmax of its own over the slots it sees (running maximum, sum,
 // and sum of values; Milakov and Gimelshein 2018), and all are joined at the end. The cache is a
 // stream: nothing is read twice, and the slots not yet written are not read at all, which no
 // program of fixed shapes can do.
+//
+// In a chain the first round is read before the product of q, k and v has ended: of the cache that
+// writes nothing, and what it holds was there before the chain began.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <cstdlib>
+
 #include "attention.h"
+#include "ptx.cuh"
+#include "spmm.h"
 
 namespace flashllm::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+constexpr int kSplit = 4;  // CTAs a head
+constexpr int kThreads = 128;
+constexpr int kWarps = kSplit * kThreads / 32;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr int kMaxThreads = kThreads, kCtas = 6;  // an SM; of fp8, whose pieces are longer, fewer
+#else
+constexpr int kMaxThreads = kSplit * kThreads, kCtas = 1;  // without clusters
+#endif
 constexpr int kUnroll = 4;  // 4 KB of keys and values a warp in flight
 constexpr float kLog2E = 1.4426950408889634f;
 
-__device__ __forceinline__ float Load(const void* p, Kind kind, int64_t i) {
-  if (kind == Kind::kF16) return __half2float(static_cast<const __half*>(p)[i]);
-  if (kind == Kind::kBF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-  return static_cast<const float*>(p)[i];
+// kSize numbers of qkv from i on, which kSize divides. By way of L2: the kernel before wrote them
+// while this one ran.
+template <int kSize>
+__device__ __forceinline__ void Load(const void* p, Kind kind, int64_t i, float (&to)[kSize]) {
+  if (kind == Kind::kF32) {
+#pragma unroll
+    for (int e = 0; e < kSize; e += 4) {
+      const float4 v =
+          __ldcg(reinterpret_cast<const float4*>(static_cast<const float*>(p) + i + e));
+      to[e] = v.x, to[e + 1] = v.y, to[e + 2] = v.z, to[e + 3] = v.w;
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kSize; e += 4) {
+    const uint2 v = __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + i + e));
+    const uint16_t halves[4] = {static_cast<uint16_t>(v.x), static_cast<uint16_t>(v.x >> 16),
+                                static_cast<uint16_t>(v.y), static_cast<uint16_t>(v.y >> 16)};
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      to[e + j] = kind == Kind::kF16 ? __half2float(__ushort_as_half(halves[j]))
+                                     : __bfloat162float(__ushort_as_bfloat16(halves[j]));
+  }
 }
 
 __device__ __forceinline__ void Store(void* p, Kind kind, int64_t i, float v) {
@@ -81,15 +113,31 @@ __device__ __forceinline__ void Join(int offset, float* m, float* l, float (&acc
   *m = top;
 }
 
-template <typename C, int kLanes>
-__global__ void __launch_bounds__(kThreads) AttentionKernel(Attention a) {
-  using P = Piece<C>;
-  constexpr int kSize = P::kSize, kGroups = kThreads / kLanes;
-  __shared__ float maxima[kWarps], sums[kWarps];
-  __shared__ float parts[kWarps][kLanes * kSize];
+// To the cluster's first CTA, by the address in this one.
+__device__ __forceinline__ void StoreFirst(float4* to, float4 v) {
+#if __CUDA_ARCH__ >= 900
+  ptx::StoreCluster128(ptx::SharedAddress(to), 0, v);
+#else
+  *to = v;
+#endif
+}
 
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  const int64_t head = blockIdx.x, row = head / a.heads, h = head % a.heads;
+template <typename C, int kLanes>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(C) == 1 ? (kCtas + 1) / 2 : kCtas)
+    AttentionKernel(const __grid_constant__ Attention a, int split) {
+  using P = Piece<C>;
+  constexpr int kSize = P::kSize;
+  __shared__ float4 softmax[kWarps];  // of each warp maximum and sum
+  __shared__ float4 parts[kWarps][kLanes * kSize / 4];
+
+  ptx::LaunchDependents();
+#if __CUDA_ARCH__ >= 900
+  ptx::ClusterArrive();
+#endif
+  const int rank = blockIdx.x % split;
+  const int thread = rank * blockDim.x + threadIdx.x, threads = split * blockDim.x;
+  const int lane = thread % kLanes, group = thread / kLanes, groups = threads / kLanes;
+  const int64_t head = blockIdx.x / split, row = head / a.heads, h = head % a.heads;
   const int d = static_cast<int>(a.d), column = lane * kSize;
   const bool active = column < d;
   const int last = min(max(*a.length, 0), static_cast<int>(a.slots) - 1);  // the new token's slot
@@ -99,35 +147,44 @@ __global__ void __launch_bounds__(kThreads) AttentionKernel(Attention a) {
   const int64_t of_q = (row * 3 * a.heads + h) * d + column;
   const int64_t of_k = of_q + a.heads * d, of_v = of_k + a.heads * d;
 
-  const float scale = rsqrtf(static_cast<float>(d)) * kLog2E;
-  float q[kSize], acc[kSize];
-#pragma unroll
-  for (int e = 0; e < kSize; ++e) {
-    q[e] = active ? Load(a.qkv, a.token, of_q + e) * scale : 0.0f;
-    acc[e] = 0.0f;
-  }
-  float m = -INFINITY, l = 0.0f;
-
-  for (int base = 0; base <= last; base += kGroups * kUnroll) {
-    P k[kUnroll], v[kUnroll];
-    bool seen[kUnroll];
+  P k[kUnroll], v[kUnroll];
+  bool seen[kUnroll];
+  const auto read = [&](int base) {  // all but the new slot
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int slot = base + u * kGroups + group;
+      const int slot = base + u * groups + group;
       *reinterpret_cast<uint4*>(&k[u]) = *reinterpret_cast<uint4*>(&v[u]) = uint4{};
       seen[u] = slot <= last && open[slot];
       if (slot < last && active) {
         k[u] = LoadPiece(keys + int64_t(slot) * d);
         v[u] = LoadPiece(values + int64_t(slot) * d);
       }
-      if (slot == last && active) {
+    }
+  };
+  read(0);
+  ptx::WaitForPrevious();
+
+  const float scale = rsqrtf(static_cast<float>(d)) * kLog2E;
+  float q[kSize] = {}, acc[kSize] = {};
+  if (active) Load(a.qkv, a.token, of_q, q);
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) {
-          k[u].x[e] = FromFloat<C>(Load(a.qkv, a.token, of_k + e));
-          v[u].x[e] = FromFloat<C>(Load(a.qkv, a.token, of_v + e));
-        }
-        *reinterpret_cast<P*>(keys + int64_t(slot) * d) = k[u];
-        *reinterpret_cast<P*>(values + int64_t(slot) * d) = v[u];
+  for (int e = 0; e < kSize; ++e) q[e] *= scale;
+  float m = -INFINITY, l = 0.0f;
+
+  for (int base = 0; base <= last; base += groups * kUnroll) {
+    if (base) read(base);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (base + u * groups + group == last && active) {
+        float fresh[kSize];
+        Load(a.qkv, a.token, of_k, fresh);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) k[u].x[e] = FromFloat<C>(fresh[e]);
+        Load(a.qkv, a.token, of_v, fresh);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) v[u].x[e] = FromFloat<C>(fresh[e]);
+        *reinterpret_cast<P*>(keys + int64_t(last) * d) = k[u];
+        *reinterpret_cast<P*>(values + int64_t(last) * d) = v[u];
       }
     }
     float score[kUnroll], top = m;
@@ -156,26 +213,34 @@ __global__ void __launch_bounds__(kThreads) AttentionKernel(Attention a) {
     m = top;
   }
 
-  // Groups of a warp, then warps.
+  // Groups of a warp, then warps of all CTAs in the first one's shared memory.
 #pragma unroll
   for (int offset = kLanes; offset < 32; offset *= 2) Join(offset, &m, &l, acc);
-  const int warp = threadIdx.x / 32;
+#if __CUDA_ARCH__ >= 900
+  ptx::ClusterWait();  // all CTAs run, and may be written to
+#endif
+  const int warp = thread / 32, warps = threads / 32;
   if (threadIdx.x % 32 < kLanes) {
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) parts[warp][column + e] = acc[e];
-    if (lane == 0) maxima[warp] = m, sums[warp] = l;
+    for (int e = 0; e < kSize; e += 4)
+      StoreFirst(&parts[warp][(column + e) / 4],
+                 make_float4(acc[e], acc[e + 1], acc[e + 2], acc[e + 3]));
+    if (lane == 0) StoreFirst(&softmax[warp], make_float4(m, l, 0.0f, 0.0f));
   }
+#if __CUDA_ARCH__ >= 900
+  ptx::ClusterArrive(), ptx::ClusterWait();
+#else
   __syncthreads();
-  for (int c = threadIdx.x; c < d; c += kThreads) {
+#endif
+  if (rank) return;
+  for (int c = threadIdx.x; c < d; c += blockDim.x) {
     float top = -INFINITY, sum = 0.0f, y = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, maxima[w]);
+    for (int w = 0; w < warps; ++w) top = fmaxf(top, softmax[w].x);
     const float reference = top == -INFINITY ? 0.0f : top;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float part = exp2f(maxima[w] - reference);
-      sum += part * sums[w];
-      y += part * parts[w][c];
+    for (int w = 0; w < warps; ++w) {
+      const float part = exp2f(softmax[w].x - reference);
+      sum += part * softmax[w].y;
+      y += part * reinterpret_cast<const float*>(parts[w])[c];
     }
     // A row of pads alone sees nothing; 0 is as good as any finite number.
     Store(a.y, a.token, head * d + c, sum == 0.0f ? 0.0f : y / sum);
@@ -183,13 +248,17 @@ __global__ void __launch_bounds__(kThreads) AttentionKernel(Attention a) {
 }
 
 template <typename C>
-cudaError_t Run(cudaStream_t stream, const Attention& a) {
+cudaError_t Run(cudaStream_t stream, const Attention& a, bool overlap, bool follows) {
   const int pieces = static_cast<int>(a.d) / Piece<C>::kSize;
   const auto kernel = pieces <= 8    ? AttentionKernel<C, 8>
                       : pieces <= 16 ? AttentionKernel<C, 16>
                                      : AttentionKernel<C, 32>;
-  kernel<<<static_cast<unsigned>(a.rows * a.heads), kThreads, 0, stream>>>(a);
-  return cudaGetLastError();
+  // Code that overlaps knows clusters too.
+  int split = overlap ? kSplit : 1, threads = kSplit * kThreads / split;
+  const char* const dev = getenv("FLASHLLM_ATTENTION");  // DEV
+  if (dev) split = dev[0] - '0', threads = atoi(dev + 2);
+  const dim3 grid(static_cast<unsigned>(a.rows * a.heads * split));
+  return LaunchClusters(stream, split, kernel, grid, threads, 0, overlap && follows, a, split);
 }
 
 int PieceSize(Kind cache) { return cache == Kind::kF32 ? 4 : cache == Kind::kF8 ? 16 : 8; }
@@ -199,19 +268,19 @@ int PieceSize(Kind cache) { return cache == Kind::kF32 ? 4 : cache == Kind::kF8 
 bool SupportsAttention(const Attention& a) {
   const int size = PieceSize(a.cache);
   return a.token != Kind::kF8 && a.d > 0 && a.d % size == 0 && a.d <= 32 * size &&
-         a.rows * a.heads <= INT32_MAX && a.slots > 0 && a.slots <= INT32_MAX;
+         a.rows * a.heads <= INT32_MAX / kSplit && a.slots > 0 && a.slots <= INT32_MAX;
 }
 
-cudaError_t DecodeAttention(cudaStream_t stream, const Attention& a) {
+cudaError_t DecodeAttention(cudaStream_t stream, const Attention& a, bool overlap, bool follows) {
   switch (a.cache) {
     case Kind::kF16:
-      return Run<__half>(stream, a);
+      return Run<__half>(stream, a, overlap, follows);
     case Kind::kBF16:
-      return Run<__nv_bfloat16>(stream, a);
+      return Run<__nv_bfloat16>(stream, a, overlap, follows);
     case Kind::kF32:
-      return Run<float>(stream, a);
+      return Run<float>(stream, a, overlap, follows);
     default:
-      return Run<__nv_fp8_e4m3>(stream, a);
+      return Run<__nv_fp8_e4m3>(stream, a, overlap, follows);
   }
 }
 

@@ -24,6 +24,9 @@ struct Attention {
 
 // Whether a head of d numbers is a whole number of 16-byte pieces, and at most 32 of them.
 bool SupportsAttention(const Attention& a);
-cudaError_t DecodeAttention(cudaStream_t stream, const Attention& a);
+// overlap: whether the loaded code knows clusters and programmatic launches.
+// follows: start before the predecessor ends, which is ours and writes neither cache, mask nor
+// length; nor does what else may still run.
+cudaError_t DecodeAttention(cudaStream_t stream, const Attention& a, bool overlap, bool follows);
 
 }  // namespace flashllm::cuda

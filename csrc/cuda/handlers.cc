@@ -54,6 +54,14 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
   return ffi::Error::Success();
 }
 
+// Whether the code loaded for this device knows programmatic launches, and with them clusters.
+ffi::Error Overlaps(bool* overlap) {
+  int device;
+  const auto e = Check(cudaGetDevice(&device), "cudaGetDevice");
+  if (e.success()) *overlap = g_devices[device].load() == kOverlap;
+  return e;
+}
+
 // ---- operands ----
 
 Type TypeOf(DataType t) {
@@ -151,17 +159,75 @@ ffi::Error SpmmHandler(cudaStream_t stream, Words index, Words offsets, AnyBuffe
   const Plan plan = {
       static_cast<int>(ctas),    static_cast<int>(warps), static_cast<int>(group), chunk, wide != 0,
       workspace->untyped_data(), workspace->size_bytes()};
-  int device;
-  if (auto e = Check(cudaGetDevice(&device), "cudaGetDevice"); e.failure()) return e;
+  bool overlap;
+  if (auto e = Overlaps(&overlap); e.failure()) return e;
   const char* why;
-  const cudaError_t e = Spmm(stream, p, plan, g_devices[device].load() == kOverlap, false, &why);
+  const cudaError_t e = Spmm(stream, p, plan, overlap, false, &why);
   return why ? Bad(why) : Check(e, "spmm");
+}
+
+// ---- attention ----
+
+using Mask = ffi::Buffer<DataType::PRED>;
+using Length = ffi::Buffer<DataType::S32>;
+
+ffi::ErrorOr<Kind> KindOf(DataType t) {
+  switch (t) {
+    case DataType::F16:
+      return Kind::kF16;
+    case DataType::BF16:
+      return Kind::kBF16;
+    case DataType::F32:
+      return Kind::kF32;
+    case DataType::F8E4M3FN:
+      return Kind::kF8;
+    default:
+      return ffi::Unexpected(
+          Bad("attention takes float16, bfloat16 and float32, and a cache of float8_e4m3fn"));
+  }
+}
+
+// All but qkv and y, which are [rows, 3, width] and [rows, width] of type `type`.
+ffi::ErrorOr<Attention> AttentionOf(DataType type, int64_t rows, int64_t width,
+                                    const AnyBuffer& keys, const AnyBuffer& values,
+                                    const Mask& open, const Length& length,
+                                    const AnyBuffer& new_keys, const AnyBuffer& new_values) {
+  const auto dims = keys.dimensions();
+  if (rows < 1 || dims.size() != 3 || dims[0] % rows || dims[0] / rows * dims[2] != width ||
+      keys.element_count() != values.element_count() ||
+      keys.element_type() != values.element_type())
+    return ffi::Unexpected(
+        Bad("attention: keys and values must be [rows * heads, slots, d], q [rows, heads, d]"));
+  const auto token = KindOf(type), cache = KindOf(keys.element_type());
+  if (token.has_error()) return ffi::Unexpected(token.error());
+  if (cache.has_error()) return ffi::Unexpected(cache.error());
+  const Attention a = {nullptr,
+                       keys.untyped_data(),
+                       values.untyped_data(),
+                       open.typed_data(),
+                       length.typed_data(),
+                       nullptr,
+                       *token,
+                       *cache,
+                       rows,
+                       dims[0] / rows,
+                       dims[1],
+                       dims[2]};
+  if (static_cast<int64_t>(open.element_count()) != a.rows * a.slots || length.element_count() != 1)
+    return ffi::Unexpected(Bad("attention: the mask or the length does not fit the cache"));
+  if (new_keys.untyped_data() != a.keys || new_values.untyped_data() != a.values)
+    return ffi::Unexpected(Bad("attention: the cache must be aliased to the result"));
+  if (!SupportsAttention(a))
+    return ffi::Unexpected(Bad("attention: this head size is not supported"));
+  return a;
 }
 
 // ---- chains ----
 
-// Where a stage's weight, bias and norm begin among the operands.
-constexpr size_t kStageOperands = 6, kStages0 = 2;
+// Operands of a product: index, offsets, values, bias, scale, shift. Of attention, whose format is
+// kAttends: keys, values, mask, length.
+constexpr size_t kProductOperands = 6, kAttentionOperands = 4;
+constexpr int64_t kAttends = 2;
 
 using Integers = ffi::Span<const int64_t>;
 
@@ -174,23 +240,31 @@ ffi::ErrorOr<const void*> Vector(const AnyBuffer& b, int64_t count, Type* type) 
   return static_cast<const void*>(b.untyped_data());
 }
 
-// Products in a row (chain.py): operands x, h, then for each stage index, offsets, values, bias,
-// scale, shift; attributes have an entry a stage.
+// Products in a row, attention between them (chain.py): operands x, h, then each stage's; results
+// h, x, a workspace, then keys and values of each attention, in place. Attributes have an entry a
+// stage: attention takes k features, q, k and v, and gives m.
 ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
                         ffi::Result<AnyBuffer> h_out, ffi::Result<AnyBuffer> x_out,
-                        ffi::Result<AnyBuffer> workspace, Integers m, Integers k, Integers format,
-                        Integers activation, Integers ctas, Integers warps, Integers add,
-                        int64_t group, float epsilon) {
+                        ffi::Result<AnyBuffer> workspace, ffi::RemainingRets caches, Integers m,
+                        Integers k, Integers format, Integers activation, Integers ctas,
+                        Integers warps, Integers add, int64_t group, float epsilon) {
   const size_t stages = m.size();
-  if (stages < 1 || operands.size() != kStages0 + stages * kStageOperands)
-    return Bad("chain: operands and attributes do not fit");
+  if (stages < 1) return Bad("chain: no stages");
   for (const Integers& each : {k, format, activation, ctas, warps, add})
     if (each.size() != stages) return Bad("chain: attributes of different lengths");
+  size_t count = 2, attentions = 0;
+  for (const int64_t f : format) {
+    if (f < 0 || f > kAttends) return Bad("chain: no such format");
+    count += f == kAttends ? kAttentionOperands : kProductOperands;
+    attentions += f == kAttends;
+  }
+  if (operands.size() != count || caches.size() != 2 * attentions)
+    return Bad("chain: operands and attributes do not fit");
   auto x = operands.get<AnyBuffer>(0), h = operands.get<AnyBuffer>(1);
   if (!x || !h) return Bad("chain: operands do not fit");
   const DataType type = x->element_type();
   const int64_t size = static_cast<int64_t>(x->element_count());
-  if (k[0] < 1 || size % k[0]) return Bad("chain: x does not fit the first weight");
+  if (k[0] < 1 || size % k[0]) return Bad("chain: x does not fit the first stage");
   const int64_t n = size / k[0];
   for (const DataType t : {h->element_type(), h_out->element_type(), x_out->element_type()})
     if (t != type || !IsHalf(t)) return Bad("chain: activations must all be float16 or bfloat16");
@@ -199,37 +273,57 @@ ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
   const int64_t hidden = static_cast<int64_t>(h->element_count()) / n;
   int64_t widest = 0;
   for (size_t s = 0; s < stages; ++s) {
-    if (s && k[s] != m[s - 1]) return Bad("chain: a weight does not fit the one before it");
+    if (s && k[s] != m[s - 1]) return Bad("chain: a stage does not fit the one before it");
     widest = std::max(widest, m[s]);
   }
   if (static_cast<int64_t>(h->element_count()) != n * hidden ||
       static_cast<int64_t>(x_out->element_count()) != n * m[stages - 1] || widest > kMaxSide / n)
     return Bad("chain: the results do not fit");
-  int device;
-  if (auto e = Check(cudaGetDevice(&device), "cudaGetDevice"); e.failure()) return e;
-  const bool overlap = g_devices[device].load() == kOverlap;
+  bool overlap;
+  if (auto e = Overlaps(&overlap); e.failure()) return e;
 
-  // The workspace: x between two products, twice, and a product's own.
+  // The workspace: x between two stages, twice, and a product's own.
   char* room = static_cast<char*>(workspace->untyped_data());
   const char* const end = room + workspace->size_bytes();
   const size_t between = Align(static_cast<size_t>(n * widest) * 2);
   char* const xs[2] = {room, room + between};
   room += 2 * between;
   if (room > end) return Bad("chain: the workspace is too small");
+  // All is checked before anything is launched.
+  struct Stage {
+    Problem product;
+    Plan plan;
+    Norm norm;
+    Attention attention;  // if there is no product
+  };
+  std::vector<Stage> all(stages);
   const void* from = x->untyped_data();
   const void* residual = h->untyped_data();
-  std::vector<Problem> problems(stages);
-  std::vector<Plan> plans(stages);
-  std::vector<Norm> norms(stages);
+  size_t at = 2, of_cache = 0;
   for (size_t s = 0; s < stages; ++s) {
-    const size_t at = kStages0 + s * kStageOperands;
+    void* const y = s + 1 == stages ? x_out->untyped_data() : xs[s % 2];
+    if (format[s] == kAttends) {
+      auto keys = operands.get<AnyBuffer>(at), values = operands.get<AnyBuffer>(at + 1);
+      auto open = operands.get<Mask>(at + 2);
+      auto length = operands.get<Length>(at + 3);
+      auto new_keys = caches.get<AnyBuffer>(of_cache),
+           new_values = caches.get<AnyBuffer>(of_cache + 1);
+      if (!keys || !values || !open || !length || !new_keys || !new_values || k[s] != 3 * m[s])
+        return Bad("chain: attention's operands do not fit");
+      const auto a =
+          AttentionOf(type, n, m[s], *keys, *values, *open, *length, **new_keys, **new_values);
+      if (a.has_error()) return a.error();
+      all[s].attention = *a;
+      all[s].attention.qkv = from, all[s].attention.y = y;
+      at += kAttentionOperands, of_cache += 2, from = y;
+      continue;
+    }
     auto index = operands.get<Words>(at), offsets = operands.get<Words>(at + 1);
     auto values = operands.get<AnyBuffer>(at + 2), bias = operands.get<AnyBuffer>(at + 3);
     auto scale = operands.get<AnyBuffer>(at + 4), shift = operands.get<AnyBuffer>(at + 5);
-    if (!index || !offsets || !values || !bias || !scale || !shift || format[s] < 0 ||
-        format[s] > 1)
+    if (!index || !offsets || !values || !bias || !scale || !shift)
       return Bad("chain: operands do not fit");
-    Problem& p = problems[s];
+    Problem& p = all[s].product;
     if (auto e =
             SetWeight(static_cast<Format>(format[s]), *index, *offsets, *values, m[s], k[s], &p);
         e.failure())
@@ -241,13 +335,12 @@ ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
     p.x = from, p.token = p.weight, p.n = n;
     p.bias = *of_bias;
     p.activation = static_cast<int>(activation[s]);
-    void* const y = s + 1 == stages ? x_out->untyped_data() : xs[s % 2];
     p.y = y;
     if (add[s]) {
       if (m[s] != hidden || p.activation) return Bad("chain: a residual does not fit its product");
       p.residual = residual;
       residual = p.y = h_out->untyped_data();
-      Norm& norm = norms[s];
+      Norm& norm = all[s].norm;
       const auto of_scale = Vector(*scale, m[s], &norm.scale_type);
       if (of_scale.has_error()) return of_scale.error();
       const auto of_shift = Vector(*shift, m[s], &norm.shift_type);
@@ -255,9 +348,10 @@ ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
       norm.h = p.y, norm.y = y, norm.type = p.weight, norm.tokens = n, norm.width = hidden;
       norm.scale = *of_scale, norm.shift = *of_shift, norm.epsilon = epsilon;
     }
-    from = y;
-    plans[s] = {static_cast<int>(ctas[s]), static_cast<int>(warps[s]), static_cast<int>(group), n};
-    plans[s].workspace = room, plans[s].workspace_bytes = static_cast<size_t>(end - room);
+    Plan& plan = all[s].plan;
+    plan = {static_cast<int>(ctas[s]), static_cast<int>(warps[s]), static_cast<int>(group), n};
+    plan.workspace = room, plan.workspace_bytes = static_cast<size_t>(end - room);
+    at += kProductOperands, from = y;
   }
   if (residual == h->untyped_data()) {
     if (auto e = Check(cudaMemcpyAsync(h_out->untyped_data(), residual, h->size_bytes(),
@@ -266,14 +360,20 @@ ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
         e.failure())
       return e;
   }
-  // The first kernel waits for all before it, and with it W: the others may start when they can.
+  // The first kernel waits for all before it, and with it W and caches: the others may start when
+  // they can.
   for (size_t s = 0; s < stages; ++s) {
+    if (format[s] == kAttends) {
+      const cudaError_t e = DecodeAttention(stream, all[s].attention, overlap, s > 0);
+      if (e) return Check(e, "chain");
+      continue;
+    }
     const char* why;
-    const cudaError_t e = Spmm(stream, problems[s], plans[s], overlap, s > 0, &why);
+    const cudaError_t e = Spmm(stream, all[s].product, all[s].plan, overlap, s > 0, &why);
     if (why) return Bad(why);
     if (e) return Check(e, "chain");
-    if (!norms[s].y) continue;
-    if (auto e = Check(LayerNorm(stream, norms[s], overlap), "chain"); e.failure()) return e;
+    if (!all[s].norm.y) continue;
+    if (auto e = Check(LayerNorm(stream, all[s].norm, overlap), "chain"); e.failure()) return e;
   }
   return ffi::Error::Success();
 }
@@ -345,57 +445,22 @@ ffi::Error FillTiledCslHandler(cudaStream_t stream, Words offsets, AnyBuffer den
                "encode");
 }
 
-ffi::ErrorOr<Kind> KindOf(DataType t) {
-  switch (t) {
-    case DataType::F16:
-      return Kind::kF16;
-    case DataType::BF16:
-      return Kind::kBF16;
-    case DataType::F32:
-      return Kind::kF32;
-    case DataType::F8E4M3FN:
-      return Kind::kF8;
-    default:
-      return ffi::Unexpected(
-          Bad("attention takes float16, bfloat16 and float32, and a cache of float8_e4m3fn"));
-  }
-}
-
 // keys and values are updated in place: they are operands and results at once.
 ffi::Error AttentionHandler(cudaStream_t stream, AnyBuffer qkv, AnyBuffer keys, AnyBuffer values,
-                            ffi::Buffer<DataType::PRED> open, ffi::Buffer<DataType::S32> length,
-                            ffi::Result<AnyBuffer> y, ffi::Result<AnyBuffer> new_keys,
-                            ffi::Result<AnyBuffer> new_values) {
-  const auto of_qkv = qkv.dimensions(), of_keys = keys.dimensions();
-  if (of_qkv.size() != 4 || of_qkv[1] != 3 || of_keys.size() != 3 ||
-      of_keys[0] != of_qkv[0] * of_qkv[2] || of_keys[2] != of_qkv[3] ||
-      keys.element_count() != values.element_count() ||
-      keys.element_type() != values.element_type())
-    return Bad(
-        "attention: qkv must be [rows, 3, heads, d], keys and values [rows * heads, slots, d]");
-  const auto token = KindOf(qkv.element_type()), cache = KindOf(keys.element_type());
-  if (token.has_error()) return token.error();
-  if (cache.has_error()) return cache.error();
-  Attention a = {qkv.untyped_data(),
-                 keys.untyped_data(),
-                 values.untyped_data(),
-                 open.typed_data(),
-                 length.typed_data(),
-                 y->untyped_data(),
-                 *token,
-                 *cache,
-                 of_qkv[0],
-                 of_qkv[2],
-                 of_keys[1],
-                 of_qkv[3]};
-  if (static_cast<int64_t>(open.element_count()) != a.rows * a.slots ||
-      length.element_count() != 1 || y->element_type() != qkv.element_type() ||
-      static_cast<int64_t>(y->element_count()) != a.rows * a.heads * a.d)
-    return Bad("attention: the mask, the length or the output does not fit the cache");
-  if (new_keys->untyped_data() != a.keys || new_values->untyped_data() != a.values)
-    return Bad("attention: the cache must be aliased to the result");
-  if (!SupportsAttention(a)) return Bad("attention: this head size is not supported");
-  return Check(DecodeAttention(stream, a), "attention");
+                            Mask open, Length length, ffi::Result<AnyBuffer> y,
+                            ffi::Result<AnyBuffer> new_keys, ffi::Result<AnyBuffer> new_values) {
+  const auto dims = qkv.dimensions();
+  if (dims.size() != 4 || dims[1] != 3 || y->element_type() != qkv.element_type() ||
+      static_cast<int64_t>(y->element_count()) != dims[0] * dims[2] * dims[3])
+    return Bad("attention: qkv must be [rows, 3, heads, d], and y [rows, heads, d]");
+  const auto a = AttentionOf(qkv.element_type(), dims[0], dims[2] * dims[3], keys, values, open,
+                             length, *new_keys, *new_values);
+  if (a.has_error()) return a.error();
+  Attention call = *a;
+  call.qkv = qkv.untyped_data(), call.y = y->untyped_data();
+  bool overlap;
+  if (auto e = Overlaps(&overlap); e.failure()) return e;
+  return Check(DecodeAttention(stream, call, overlap, false), "attention");
 }
 
 auto BindSpmm() {
@@ -451,6 +516,7 @@ XLA_FFI_DEFINE_HANDLER(kChain, ChainHandler,
                            .Ret<AnyBuffer>()
                            .Ret<AnyBuffer>()
                            .Ret<AnyBuffer>()
+                           .RemainingRets()
                            .Attr<Integers>("m")
                            .Attr<Integers>("k")
                            .Attr<Integers>("format")
@@ -467,8 +533,8 @@ XLA_FFI_DEFINE_HANDLER(kAttention, AttentionHandler,
                            .Arg<AnyBuffer>()
                            .Arg<AnyBuffer>()
                            .Arg<AnyBuffer>()
-                           .Arg<ffi::Buffer<DataType::PRED>>()
-                           .Arg<ffi::Buffer<DataType::S32>>()
+                           .Arg<Mask>()
+                           .Arg<Length>()
                            .Ret<AnyBuffer>()
                            .Ret<AnyBuffer>()
                            .Ret<AnyBuffer>(),

@@ -50,10 +50,9 @@ from reference import (
 )
 
 import jax_flashllm as jf
-from jax_flashllm import _flashllm, plan
+from jax_flashllm import _flashllm, attention, plan
 from jax_flashllm import chain as chains
 from jax_flashllm.formats import on_gpu
-from jax_flashllm.models import attention
 from jax_flashllm.models import cache as caches
 
 P, I64 = c.c_void_p, c.c_int64
@@ -254,11 +253,16 @@ def spmm(run: Runtime, w, x, bias, activation):
 
 
 def chain(run: Runtime, x, h, stages):
-    """h and x after the stages."""
-    chains._call = lambda out, *operands, **attributes: run.call(
-        chains._TARGET, out, *map(np.asarray, operands), **attributes
-    )
-    leaves, treedef = jax.tree.flatten([chains.Stage(*s) for s in stages])
+    """h and x after the stages, and caches."""
+
+    def call(out, *operands, aliases, **attributes):
+        pairs = [(result, operand) for operand, result in aliases.items()]
+        operands = map(np.asarray, operands)
+        return run.call(chains._TARGET, out, *operands, aliases=pairs, **attributes)
+
+    chains._call = call
+    stages = [s if isinstance(s, chains.Attend) else chains.Stage(*s) for s in stages]
+    leaves, treedef = jax.tree.flatten(stages)
     return chains._cuda(x, h, *leaves, treedef=treedef, epsilon=1e-5)
 
 
@@ -312,13 +316,14 @@ def attend(run: Runtime, qkv, keys, values, mask, length) -> list[np.ndarray]:
     return run.call(attention._TARGET, (y, keys, values), *operands, aliases=[(1, 1), (2, 2)])
 
 
-def cache(rng, token, cached, d, slots):
-    """Operands of `attend`: 2 rows, 3 heads."""
-    qkv = rng.standard_normal((2, 3, 3, d), np.float32).astype(token)
-    keys, values = (rng.standard_normal((6, slots, d), np.float32).astype(cached) for _ in range(2))
+def cache(rng, token, cached, d, slots, rows=2):
+    """Operands of `attend`: 3 heads a row."""
+    qkv = rng.standard_normal((rows, 3, 3, d), np.float32).astype(token)
+    shape = 3 * rows, slots, d
+    keys, values = (rng.standard_normal(shape, np.float32).astype(cached) for _ in range(2))
     length = int(rng.integers(slots))
     slot = np.arange(slots)
-    mask = (slot >= rng.integers(0, length + 1, (2, 1))) & (slot <= length)
+    mask = (slot >= rng.integers(0, length + 1, (rows, 1))) & (slot <= length)
     return qkv, keys, values, mask, length
 
 
@@ -370,6 +375,24 @@ def valid(run: Runtime, quick: bool) -> int:
             results = [chain(run, x, h, coded[: j + 1]) for j in range(len(stages))]
             assert_chain(results, x, h, stages)
             count += 1
+    # Attention between two products: as it is alone.
+    for i, (cached, n) in enumerate(itertools.product(CACHES, (1, 8) if quick else (1, 8, 32))):
+        rng, d = np.random.default_rng(i), (64, 128)[i % 2]
+        _, keys, values, mask, length = cache(rng, np.float16, cached, d, (5, 130, 300)[i % 3], n)
+        at = chains.Attend(keys, values, mask, np.int32(length))
+        qkv, out = (
+            (weight((m, k), np.float16, 0.3, "bitmap", 1, i)[1], None, None, add)
+            for m, k, add in ((3 * at.width, 64, False), (64, at.width, True))
+        )
+        x = rng.standard_normal((n, 64), np.float32).astype(np.float16)
+        got = chain(run, x, x, [qkv, at, out])
+        _, q = chain(run, x, x, [qkv])
+        y, *held = attend(run, np.asarray(q).reshape(n, 3, -1, d), keys, values, mask, length)
+        for a, b in zip(got, (*chain(run, y, x, [out]), *held), strict=True):
+            np.testing.assert_array_equal(
+                np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8)
+            )
+        count += 1
     # One lane to 32 a slot, some of them past the head's end; one round of slots and several.
     for i, (cached, d) in enumerate(itertools.product(CACHES, (16, 32, 48, 64, 80, 128, 256))):
         if d * cached.itemsize > 512 or (quick and i % 3):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flashllm import kernel
-from jax_flashllm.models.cache import put
 
 _TARGET = "flashllm_decode_attention_v1"
 
@@ -36,12 +35,12 @@ def decode(
     On CUDA one kernel does it all and reads the slots up to `length` alone.
     """
     operands = qkv, keys, values, mask, length
-    if not hasattr(kernel._flashllm, "cuda_targets") or not _supports(qkv, keys):
+    if not hasattr(kernel._flashllm, "cuda_targets") or not supports(keys):
         return _decode_xla(*operands)
     return lax.platform_dependent(*operands, cuda=_decode_cuda, default=_decode_xla)
 
 
-def _supports(qkv: jax.Array, keys: jax.Array) -> bool:
+def supports(keys: jax.Array) -> bool:
     """csrc/cuda/attention.cu: a head is up to 32 pieces of 16 bytes of the cache."""
     piece = 16 // keys.dtype.itemsize
     return keys.shape[2] % piece == 0 and keys.shape[2] <= 32 * piece
@@ -61,3 +60,11 @@ def _decode_xla(qkv, keys, values, mask, length):
     keys, values = put(keys, k, length), put(values, v, length)
     y = attend(q * d**-0.5, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None])
     return y.reshape(B, h * d), keys, values
+
+
+def put(held: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """`held` [B * h, S, d] with `new` [B * h, T, d] at slots `at` and on."""
+    if held.dtype == jnp.float8_e4m3fn:  # it has no Inf: what is past its range would be NaN
+        most = float(jnp.finfo(held.dtype).max)
+        new = jnp.clip(new, -most, most)
+    return lax.dynamic_update_slice(held, new.astype(held.dtype), (0, at, 0))
