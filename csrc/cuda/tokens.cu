@@ -88,31 +88,34 @@ __global__ void __launch_bounds__(kThreads)
   reinterpret_cast<uint4*>(out)[i] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// As Store, up to four rows of a 16-bit y.
+__device__ inline bool AlignedTo8(const void* p) { return reinterpret_cast<uintptr_t>(p) % 8 == 0; }
+
+// Of a 16-bit residual up to four rows, and Store4, which is Store for them.
+__device__ inline uint2 LoadResidual4(const Output& out, int64_t i, int rows) {
+  if (!out.residual) return {};
+  const uint16_t* const from = static_cast<const uint16_t*>(out.residual) + i;
+  if (rows == 4 && AlignedTo8(from)) return *reinterpret_cast<const uint2*>(from);
+  uint32_t halves[4] = {};
+#pragma unroll
+  for (int r = 0; r < 4; ++r)
+    if (r < rows) halves[r] = from[r];
+  return make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
+}
+
 __device__ inline void Store4(const Output& out, int64_t i, int rows, const float (&bias)[4],
-                              float4 sum) {
+                              uint2 residual, float4 sum) {
   const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
   uint16_t* const y = static_cast<uint16_t*>(out.y) + i;
-  const uint16_t* const residual = static_cast<const uint16_t*>(out.residual) + i;
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 8 == 0; };
   const bool bf16 = out.type == Type::kBF16;
-  uint16_t old[4], halves[4];
-  if (out.residual) {
-    const bool whole = rows == 4 && aligned(residual);
-    const uint2 v = whole ? *reinterpret_cast<const uint2*>(residual) : uint2{};
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      old[r] = static_cast<uint16_t>((r < 2 ? v.x : v.y) >> r % 2 * 16);
-      if (!whole && r < rows) old[r] = residual[r];
-    }
-  }
+  uint16_t halves[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     float v = Activated(out, bias[r], sums[r]);
-    if (out.residual) v += ToFloat(old[r], bf16);
+    const uint32_t two = r < 2 ? residual.x : residual.y;
+    if (out.residual) v += ToFloat(static_cast<uint16_t>(two >> r % 2 * 16), bf16);
     halves[r] = ToHalf(v, bf16);
   }
-  if (rows == 4 && aligned(y)) {
+  if (rows == 4 && AlignedTo8(y)) {
     *reinterpret_cast<uint2*>(y) =
         make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
   } else {
@@ -147,9 +150,19 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
   const int rows = out_band < StripBands(a) ? min(4, band.valid - piece % 4 * 4) : 0;
   const int64_t row = band.row0 + piece % 4 * 4;
   ptx::LaunchDependents();
+  // A bias comes from memory, past whatever weights went through L2 since.
+  float bias[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) bias[r] = r < rows && first != last ? LoadBias(a.out, row + r) : 0.0f;
   // All warps wait: a grid that ended before its predecessor would set the next one free.
   ptx::WaitForPrevious();
   if (first == last) return;
+  uint2 residual[kN8];
+  const int64_t token0 = int64_t(group_of_tokens * (a.group / 8) + n8) * 8 + in_eight;
+#pragma unroll
+  for (int j = 0; j < kN8; ++j)
+    if (rows > 0 && token0 + j * 8 < a.tokens)
+      residual[j] = LoadResidual4(a.out, (token0 + j * 8) * a.out.rows + row, rows);
   if (strip_band0 + warp < StripBands(a)) {
     float4 sum[kN8];
 #pragma unroll
@@ -181,15 +194,12 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
   }
   __syncthreads();
   if (rows > 0) {
-    float bias[4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) bias[r] = r < rows ? LoadBias(a.out, row + r) : 0.0f;
 #pragma unroll
     for (int j = 0; j < kN8; ++j) {
-      const int64_t token = int64_t(group_of_tokens * (a.group / 8) + n8 + j) * 8 + in_eight;
+      const int64_t token = token0 + j * 8;
       if (token >= a.tokens) break;
       const float4 sum = *reinterpret_cast<const float4*>(&sums[j][in_eight][piece * 4]);
-      Store4(a.out, token * a.out.rows + row, rows, bias, sum);
+      Store4(a.out, token * a.out.rows + row, rows, bias, residual[j], sum);
     }
   }
 }
@@ -216,6 +226,13 @@ __device__ inline void LoadEight(const void* p, Type type, int64_t i, float abse
   }
 }
 
+// To L2, where there is such a vector.
+__device__ inline void Prefetch(const void* p, Type type, int64_t i) {
+  if (!p) return;
+  const char* const at = static_cast<const char*>(p) + i * (type == Type::kF32 ? 4 : 2);
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 // The sum over the CTA's threads, in a fixed order.
 __device__ float SumOverCta(float v) {
   __shared__ float warps[32];
@@ -233,18 +250,12 @@ __device__ float SumOverCta(float v) {
 // mean of its part and the squares about that; those of all parts are joined as Chan, Golub and
 // LeVeque do.
 template <bool kBf16>
-__global__ void __launch_bounds__(1024, 2) NormKernel(const __grid_constant__ Norm a) {
+__global__ void __launch_bounds__(1024) NormKernel(const __grid_constant__ Norm a) {
   const int pieces = static_cast<int>(a.width / 8), threads = gridDim.x * blockDim.x;
   const int64_t at = blockIdx.y * a.width;
   const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.h) + at);
   ptx::LaunchDependents();
-#if __CUDA_ARCH__ >= 900
-  ptx::ClusterArrive(), ptx::ClusterWait();  // all CTAs run, and may be written to
-#endif
-  ptx::WaitForPrevious();
   uint4 kept[kNormKept];
-  int count = 0;
-  float sum = 0.0f;
   auto each = [&](auto f) {
 #pragma unroll
     for (int j = 0; j < kNormKept; ++j) {
@@ -258,10 +269,21 @@ __global__ void __launch_bounds__(1024, 2) NormKernel(const __grid_constant__ No
     for (int i = 0; i < 8; ++i)
       f(i, ToFloat(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16), kBf16));
   };
-  each([&](int piece, uint4& v) { v = __ldcg(from + piece); });
-  each([&](int, uint4& v) { numbers(v, [&](int, float x) { sum += x; }); });
-  each([&](int, uint4&) { count += 8; });
+  // Weights have gone through L2 since scale and shift were there.
+  int count = 0;
+  each([&](int piece, uint4&) {
+    count += 8;
+    Prefetch(a.scale, a.scale_type, int64_t(piece) * 8);
+    Prefetch(a.shift, a.shift_type, int64_t(piece) * 8);
+  });
   const float all = SumOverCta(static_cast<float>(count));
+#if __CUDA_ARCH__ >= 900
+  ptx::ClusterArrive(), ptx::ClusterWait();  // all CTAs run, and may be written to
+#endif
+  ptx::WaitForPrevious();
+  each([&](int piece, uint4& v) { v = __ldcg(from + piece); });
+  float sum = 0.0f;
+  each([&](int, uint4& v) { numbers(v, [&](int, float x) { sum += x; }); });
   float mean = SumOverCta(sum) / fmaxf(all, 1.0f), squares = 0.0f;
   each([&](int, uint4& v) {
     numbers(v, [&](int, float x) { squares += (x - mean) * (x - mean); });
