@@ -36,8 +36,8 @@ def decode(
     """
     operands = qkv, keys, values, mask, length
     if not hasattr(kernel._flashllm, "cuda_targets") or not supports(keys):
-        return _decode_xla(*operands)
-    return lax.platform_dependent(*operands, cuda=_decode_cuda, default=_decode_xla)
+        return decode_xla(*operands)
+    return lax.platform_dependent(*operands, cuda=_decode_cuda, default=decode_xla)
 
 
 def supports(keys: jax.Array) -> bool:
@@ -54,7 +54,8 @@ def _decode_cuda(qkv, keys, values, mask, length):
     return y, keys, values
 
 
-def _decode_xla(qkv, keys, values, mask, length):
+def decode_xla(qkv, keys, values, mask, length):
+    """`decode` of XLA's ops, which has derivatives and can be mapped."""
     B, _, h, d = qkv.shape
     q, k, v = (qkv[:, i].reshape(B * h, 1, d) for i in range(3))
     keys, values = put(keys, k, length), put(values, v, length)

@@ -13,7 +13,7 @@ launch, for its first bytes and for its tail: 10 to 12 us of 25 to 70.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -69,10 +69,12 @@ class Attend:
     def width(self) -> int:
         return self.keys.shape[0] // max(self.mask.shape[0], 1) * self.keys.shape[2]
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, decode: Callable = attention.decode
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x after it, keys and values."""
         qkv = x.reshape(self.mask.shape[0], 3, -1, self.keys.shape[2])
-        y, keys, values = attention.decode(qkv, self.keys, self.values, self.mask, self.length)
+        y, keys, values = decode(qkv, self.keys, self.values, self.mask, self.length)
         return y.reshape(*x.shape[:-1], self.width), keys, values
 
 
@@ -90,9 +92,9 @@ def chain(
     One call on a CUDA device, for up to 32 tokens, where h, x and all W have one 16-bit dtype, W
     are one block each with K a multiple of 64, where to `add` H is a multiple of 8 up to 16384,
     without activation, and heads are whole pieces of 16 bytes of the cache, up to 32. Otherwise,
-    and for derivatives, it is what the stages' `spmm`, LayerNorms and `attention.decode` give one
-    by one; so are stacked weights and caches under vmap, and everything on a mesh. Results agree
-    but for rounding. For `jax.export` see `jax_flashllm.spmm`; the call is "flashllm_chain_v1".
+    it is what the stages' `spmm`, LayerNorms and `attention.decode` give one by one. So it is for
+    derivatives, for stacked weights and for attention under vmap, and on a mesh. Results agree but
+    for rounding. For `jax.export` see `jax_flashllm.spmm`; the call is "flashllm_chain_v1".
 
     Raises TypeError and ValueError as `spmm`, with the stage's number, and where x, h and stages
     do not fit together.
@@ -100,7 +102,7 @@ def chain(
     stages = tuple(stages)
     _check(x, h, stages)
     leaves, treedef = jax.tree.flatten(stages)
-    operands = jnp.asarray(x), jnp.asarray(h), *map(jnp.asarray, leaves)
+    operands = jnp.asarray(x), jnp.asarray(h), *leaves
     params = {"treedef": treedef, "epsilon": float(epsilon)}
     if any(not jax.typeof(a).sharding.mesh.empty for a in operands):
         return tuple(_composed(*operands, **params))
@@ -163,11 +165,11 @@ def _check_attention(op: str, x, s: Attend) -> None:
 # ---- one by one ----
 
 
-def _composed(x, h, *leaves, treedef, epsilon):
+def _composed(x, h, *leaves, treedef, epsilon, decode=attention.decode):
     held = []
     for s in treedef.unflatten(leaves):
         if isinstance(s, Attend):
-            x, *kv = s(x)
+            x, *kv = s(x, decode)
             held += kv
             continue
         y = spmm(s.weight, x, s.bias, s.activation)
@@ -281,7 +283,7 @@ def _jvp(primals, tangents, **params):
         operands = list(primals)
         for i, a in zip(moved, some, strict=True):
             operands[i] = a
-        return _composed(*operands, **params)
+        return _composed(*operands, **params, decode=attention.decode_xla)
 
     return jax.jvp(f, [primals[i] for i in moved], [tangents[i] for i in moved])
 
@@ -290,7 +292,8 @@ def _batch(args, dims, *, treedef, epsilon):
     params = {"treedef": treedef, "epsilon": epsilon}
     attends = any(isinstance(s, Attend) for s in treedef.unflatten(args[2:]))
     if attends or any(d is not None for d in dims[2:]):
-        out = jax.vmap(functools.partial(_composed, **params), in_axes=dims)(*args)
+        composed = functools.partial(_composed, **params, decode=attention.decode_xla)
+        out = jax.vmap(composed, in_axes=dims)(*args)
         return out, (0,) * len(out)
     # More tokens of the same weights: one more axis in front.
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)

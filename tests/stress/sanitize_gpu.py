@@ -399,7 +399,7 @@ def valid(run: Runtime, quick: bool) -> int:
             continue
         rng = np.random.default_rng(i)
         operands = cache(rng, FLOATS[i % 3], cached, d, (5, 130, 700)[i % 3])
-        got, want = attend(run, *operands), attention._decode_xla(*operands)
+        got, want = attend(run, *operands), attention.decode_xla(*operands)
         for g, e, tolerance in zip(got, want, (2.0**-6, 0, 0), strict=True):
             g, e = (np.asarray(a, np.float32) for a in (g, e))
             np.testing.assert_allclose(g, e, rtol=tolerance, atol=tolerance)
