@@ -17,8 +17,6 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-#include <cstdlib>
-
 #include "attention.h"
 #include "ptx.cuh"
 #include "spmm.h"
@@ -254,9 +252,7 @@ cudaError_t Run(cudaStream_t stream, const Attention& a, bool overlap, bool foll
                       : pieces <= 16 ? AttentionKernel<C, 16>
                                      : AttentionKernel<C, 32>;
   // Code that overlaps knows clusters too.
-  int split = overlap ? kSplit : 1, threads = kSplit * kThreads / split;
-  const char* const dev = getenv("FLASHLLM_ATTENTION");  // DEV
-  if (dev) split = dev[0] - '0', threads = atoi(dev + 2);
+  const int split = overlap ? kSplit : 1, threads = kSplit * kThreads / split;
   const dim3 grid(static_cast<unsigned>(a.rows * a.heads * split));
   return LaunchClusters(stream, split, kernel, grid, threads, 0, overlap && follows, a, split);
 }
