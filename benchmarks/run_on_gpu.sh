@@ -20,7 +20,7 @@ for step in "$@"; do
   case $step in
     tests)
       (cd /tmp && timeout 240 python3 -m pytest -q --maxfail=12 -p no:cacheprovider \
-        --rootdir "$here" -c "$here/pyproject.toml" -m gpu "$here/tests/test_gpu.py" \
+        --rootdir "$here" -c "$here/pyproject.toml" -m gpu "$here"/tests/test_gpu*.py \
         > "$OUT/tests.log" 2>&1; tail -60 "$OUT/tests.log" | cut -c1-300)
       ;;
     bench)
