@@ -139,8 +139,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
   if (loader >= 0) {
     ptx::LowerRegisters<32>();
     const Work work = {strip0, block0, count, a.warps, 0};
+    // The more rings a warp has to look after, the later it comes back to each.
+    const int each = (a.warps + 1) / 2, ring = loader * each + lane;
     if (loader < 2)
-      LoadValues(a, control, work, loader * 8 + lane, lane >= 8 || loader * 8 + lane >= a.warps);
+      LoadValues(a, control, work, ring, lane >= each || ring >= a.warps);
     else if (loader == 2)
       LoadMasks(a, control, work, lane);
     else
