@@ -1,16 +1,15 @@
 // What compute-sanitizer makes of habits of the main loops (csrc/cuda/bitmap_stream.cuh), each
-// beside the same thing said otherwise. The table is of an H100 and compute-sanitizer 2025.3.1;
-// those of ring_wrong, one_lane and two_lanes are of programs with the same rings, not of this one.
+// beside the same thing said otherwise. The table is of an H100 and compute-sanitizer 2025.3.1.
 //
 //   nvcc -std=c++17 -O2 -arch=sm_90a -lineinfo tests/stress/sanitizer_cases.cu -o sanitizer_cases
 //   compute-sanitizer --tool racecheck ./sanitizer_cases ring
 //
-//   racecheck   ring          lane 0 frees a stage for its warp, after __syncwarp   right   2
+//   racecheck   ring          lane 0 frees a stage for its warp, after __syncwarp   right   1
 //   errors
 //               ring_all      every lane frees it                                   right   0
 //               ring_wrong    the same, and the copies do not wait for it           wrong   2
 //               two_rings     two such rings, filled by two lanes of one warp       right   1
-//   synccheck   sites         warps meet at the CTA's barrier from two places       right   errors
+//   synccheck   sites         warps meet at the CTA's barrier from two places       right   32
 //               sites_any     the same by barrier.sync, whose threads need not      right   0
 //                             come from one place
 //
