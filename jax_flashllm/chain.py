@@ -250,7 +250,7 @@ def _cuda(x, h, *leaves, treedef, epsilon):
         format = _FORMATS.index(s.weight.format)
         of_stage.append((*s.weight.shape, format, code, p.ctas, p.warps, s.add))
     names = "m", "k", "format", "activation", "ctas", "warps", "add"
-    columns = np.array(of_stage, np.int64).T
+    columns = (np.array(column, np.int64) for column in zip(*of_stage, strict=True))
     attributes: dict[str, Any] = dict(zip(names, columns, strict=True))
     attributes |= {"group": plans[0].group, "epsilon": np.float32(epsilon)}
     new_h, y, _, *held = _call(out, *operands, aliases=aliases, **attributes)
