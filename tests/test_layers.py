@@ -15,7 +15,7 @@ LAYERS = [
     ["formats"],
     ["partition"],
     ["kernel", "plan"],
-    ["spmm"],
+    ["spmm", "attention"],
     ["chain"],
     ["", "tuning"],  # the public names
     ["nn", "linen"],
