@@ -11,6 +11,8 @@
 //
 // The values of a band are contiguous, so they come as a stream of stages that know nothing of
 // blocks. Every stage has two mbarriers: full, and, for the warps that load to look at, empty.
+#include <type_traits>
+
 #include "bitmap_stream.cuh"
 
 namespace flashllm::cuda {
@@ -38,9 +40,13 @@ struct XRing {
 };
 constexpr int kMinXStages = 2;
 
-template <int kN8, int kChunkTiles>
+// The more is asked for at a time, the slower memory is: many warps have shorter rings.
+using ShortRing = RingOf<3, kTileBytes>;
+constexpr int kLongRingWarps = 12;  // at most
+
+template <int kN8, int kChunkTiles, typename R>
 constexpr size_t SharedBytes(int warps, int x_stages) {
-  return kControlBytes + warps * kWarpBytes + x_stages * XRing<kN8, kChunkTiles>::kStageBytes;
+  return kControlBytes + warps * R::kWarpBytes + x_stages * XRing<kN8, kChunkTiles>::kStageBytes;
 }
 
 // ---- the warp that loads x ----
@@ -121,7 +127,7 @@ __device__ __forceinline__ void WalkStep(uint32_t mask, uint32_t run, uint32_t (
 
 // ---- main loop ----
 
-template <bool kBf16, int kN8, int kChunkTiles>
+template <bool kBf16, int kN8, int kChunkTiles, typename R = Ring>
 __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(128) uint8_t shared[];
   using X = XRing<kN8, kChunkTiles>;
@@ -132,7 +138,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
   const int count = __shfl_sync(~0u, FirstUnit(a, cta + 1) - unit0, 0);
   const int strip0 = __shfl_sync(~0u, unit0 / a.blocks, 0), block0 = unit0 - strip0 * a.blocks;
   const uint32_t control = ptx::SharedAddress(shared);
-  const uint32_t x_ring = control + kControlBytes + a.warps * kWarpBytes;
+  const uint32_t x_ring = control + kControlBytes + a.warps * R::kWarpBytes;
   const int tokens = min(a.tokens - group * kN8 * 8, kN8 * 8);
   ptx::LaunchDependents();
   const int loader = warp - RoundUp(a.warps, 4);
@@ -142,9 +148,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
     // The more rings a warp has to look after, the later it comes back to each.
     const int each = (a.warps + 1) / 2, ring = loader * each + lane;
     if (loader < 2)
-      LoadValues(a, control, work, ring, lane >= each || ring >= a.warps);
+      LoadValues<R>(a, control, work, ring, lane >= each || ring >= a.warps);
     else if (loader == 2)
-      LoadMasks(a, control, work, lane);
+      LoadMasks<R>(a, control, work, lane);
     else
       LoadX<X>(a, control, x_ring, work, group * kN8 * 8, tokens, lane);
     return;
@@ -155,12 +161,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
     return;
   }
 
-  const uint32_t values = control + kControlBytes + warp * kWarpBytes;
-  const uint32_t mask_ring = values + kValueRingBytes + kRingTail;
+  const uint32_t values = control + kControlBytes + warp * R::kWarpBytes;
+  const uint32_t mask_ring = values + R::kBytes + kRingTail;
   int band = strip0 * a.warps + warp;
   Range range = LoadRange(a, band, block0, min(count, a.blocks - block0));
-  Stream stream = {control + kValueFull + warp * kValueStages * 8,
-                   control + kValueEmpty + warp * kValueStages * 8, 0};
+  StreamOf<R> stream = {control + kValueFull + warp * R::kStages * 8,
+                        control + kValueEmpty + warp * R::kStages * 8, 0};
   stream.ready = stream.limit = values;
   const uint32_t mask_full = control + kMaskFull + warp * kMaskStages * 8;
   const uint32_t mask_empty = control + kMaskEmpty + warp * kMaskStages * 8;
@@ -186,8 +192,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
       if (!stream.Wait(lane)) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (runs[i] >= int(values + kValueRingBytes)) runs[i] -= kValueRingBytes;
-        tile[i] -= kValueRingBytes;
+        if (runs[i] >= int(values + R::kBytes)) runs[i] -= R::kBytes;
+        tile[i] -= R::kBytes;
       }
     }
   };
@@ -196,7 +202,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
   auto enter = [&](int block) {
     // The shuffles tell the compiler that all lanes agree.
     range = Clamp(a, range);
-    const uint32_t phase = Phase(ValuesAt(a, band, range.first));
+    const uint32_t phase = Phase<R>(ValuesAt(a, band, range.first));
     const uint32_t start =
         stream.Enter({__shfl_sync(~0u, range.first, 0), __shfl_sync(~0u, range.end, 0)},
                      __shfl_sync(~0u, phase, 0));
@@ -336,8 +342,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
 template <bool kBf16, typename F>
 cudaError_t ForEachKernel(F f) {
   for (auto kernel :
-       {BitmapKernel<kBf16, 1, 4>, BitmapKernel<kBf16, 2, 4>, BitmapKernel<kBf16, 4, 2>,
-        BitmapKernel<kBf16, 8, 2>, BitmapKernel<kBf16, 8, 1>})
+       {BitmapKernel<kBf16, 1, 4>, BitmapKernel<kBf16, 1, 4, ShortRing>, BitmapKernel<kBf16, 2, 4>,
+        BitmapKernel<kBf16, 2, 4, ShortRing>, BitmapKernel<kBf16, 4, 2>,
+        BitmapKernel<kBf16, 4, 2, ShortRing>, BitmapKernel<kBf16, 8, 2>, BitmapKernel<kBf16, 8, 1>})
     if (cudaError_t e = f(kernel)) return e;
   return cudaSuccess;
 }
@@ -357,19 +364,23 @@ cudaError_t InitializeBitmap(bool* overlap) {
   return ForEachKernel<true>(raise);
 }
 
-template <int kN8, int kChunkTiles = ChunkTiles(kN8)>
+template <int kN8, int kChunkTiles = ChunkTiles(kN8), typename R = Ring>
 cudaError_t LaunchBitmap(cudaStream_t stream, Args a, bool bf16, bool overlap, int shared) {
+  if constexpr (kN8 < 8 && std::is_same_v<R, Ring>)
+    if (a.warps > kLongRingWarps)
+      return LaunchBitmap<kN8, kChunkTiles, ShortRing>(stream, a, bf16, overlap, shared);
   a.x_stages = kMaxXStages;
-  while (SharedBytes<kN8, kChunkTiles>(a.warps, a.x_stages) > size_t(shared))
+  while (SharedBytes<kN8, kChunkTiles, R>(a.warps, a.x_stages) > size_t(shared))
     if (--a.x_stages < kMinXStages) {
       if constexpr (kChunkTiles > 1 && kN8 == 8)
         return LaunchBitmap<kN8, 1>(stream, a, bf16, overlap, shared);
       return cudaErrorInvalidValue;
     }
-  return Launch(stream,
-                bf16 ? BitmapKernel<true, kN8, kChunkTiles> : BitmapKernel<false, kN8, kChunkTiles>,
-                dim3(a.ctas, a.groups), (RoundUp(a.warps, 4) + kLoaders) * 32,
-                SharedBytes<kN8, kChunkTiles>(a.warps, a.x_stages), overlap, a);
+  return Launch(
+      stream,
+      bf16 ? BitmapKernel<true, kN8, kChunkTiles, R> : BitmapKernel<false, kN8, kChunkTiles, R>,
+      dim3(a.ctas, a.groups), (RoundUp(a.warps, 4) + kLoaders) * 32,
+      SharedBytes<kN8, kChunkTiles, R>(a.warps, a.x_stages), overlap, a);
 }
 
 cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap) {

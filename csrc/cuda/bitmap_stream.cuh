@@ -21,7 +21,8 @@ constexpr int kLoaders = 4;    // a warpgroup
 #define FLASHLLM_VALUE_STAGES 4  // unless the file that includes this has no room for them
 #endif
 constexpr int kValueStages = FLASHLLM_VALUE_STAGES;
-constexpr uint32_t kValueStageBytes = 2048;  // a full tile
+constexpr uint32_t kTileBytes = 2048;  // of a full one: a stage is no less
+constexpr uint32_t kValueStageBytes = kTileBytes;
 constexpr uint32_t kValueStageVectors = kValueStageBytes / 16;
 constexpr int kFirstStages = 2;  // asked for at first: more of them delay what is needed first
 constexpr uint32_t kValueRingBytes = kValueStages * kValueStageBytes;
@@ -31,8 +32,19 @@ constexpr uint32_t kBlockMaskBytes = kBlockTiles * 128;
 constexpr uint32_t kMaskStageBytes = kMaskStageBlocks * kBlockMaskBytes;
 constexpr uint32_t kMaskRingBytes = kMaskStages * kMaskStageBytes;
 constexpr uint32_t kWarpBytes = kValueRingBytes + kRingTail + kMaskRingBytes;
+
+// A ring of values of so many stages of so many bytes; Ring has those above.
+template <int kStages_, uint32_t kStageBytes_>
+struct RingOf {
+  static constexpr int kStages = kStages_;
+  static constexpr uint32_t kStageBytes = kStageBytes_, kStageVectors = kStageBytes / 16;
+  static constexpr uint32_t kBytes = kStages * kStageBytes;
+  static constexpr uint32_t kWarpBytes = kBytes + kRingTail + kMaskRingBytes;
+  static_assert(kStages <= kValueStages && kStageBytes >= kTileBytes);
+};
+using Ring = RingOf<kValueStages, kValueStageBytes>;
 // Masks that lie (garbage) may send a lane past the end of its ring: into its masks, no further.
-static_assert(kMaskRingBytes >= kValueStageBytes);
+static_assert(kMaskRingBytes >= kTileBytes);
 
 constexpr int kMaxXStages = 7;  // as many as there is room for
 
@@ -87,8 +99,9 @@ __device__ __forceinline__ const uint8_t* ValuesAt(const Args& a, int band, uint
 }
 
 // Vectors of a stage that lie before this address.
+template <typename R = Ring>
 __device__ __forceinline__ uint32_t Phase(const uint8_t* p) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)) / 16 % kValueStageVectors;
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)) / 16 % R::kStageVectors;
 }
 
 // ---- the warps that load ----
@@ -123,17 +136,18 @@ __device__ __forceinline__ void Arrive(uint32_t full) { ptx::CopyAsyncArrive(ful
 #endif
 
 // Values of one warp that computes: a lane's job. `idle` lanes have none.
+template <typename R = Ring>
 __device__ __forceinline__ void LoadValues(const Args& a, uint32_t control, Work work, int warp,
                                            bool idle) {
-  const uint32_t full = control + kValueFull + warp * kValueStages * 8;
-  const uint32_t empty = control + kValueEmpty + warp * kValueStages * 8;
-  const uint32_t ring = control + kControlBytes + warp * kWarpBytes;
+  const uint32_t full = control + kValueFull + warp * R::kStages * 8;
+  const uint32_t empty = control + kValueEmpty + warp * R::kStages * 8;
+  const uint32_t ring = control + kControlBytes + warp * R::kWarpBytes;
   int strip = work.strip, band = BandAt(a, strip, work.place + warp), left = work.count,
       blocks = min(left, a.blocks - work.block);
   Range next = {0, 0};
   if (!idle) {
     next = LoadRange(a, band, work.block, blocks);
-    for (int i = 0; i < kValueStages; ++i)
+    for (int i = 0; i < R::kStages; ++i)
       ptx::BarrierInit(full + i * 8, 1), ptx::BarrierInit(empty + i * 8, kArrivals);
   }
   ptx::FenceBarrierInit();
@@ -156,16 +170,16 @@ __device__ __forceinline__ void LoadValues(const Args& a, uint32_t control, Work
       next = LoadRange(a, band, 0, blocks);
     }
     if (!landed && i > 0) landed = ptx::BarrierLook(full, 0);
-    const uint32_t slot = issued % kValueStages, round = issued / kValueStages;
+    const uint32_t slot = issued % R::kStages, round = issued / R::kStages;
     const bool room = !done && (landed || issued < kFirstStages) &&
                       ptx::BarrierLook(empty + slot * 8, round & 1 ^ 1);
     if (room) {
       // Stages end at multiples of their length: no line of memory is fetched twice.
-      const uint32_t phase = Phase(from);
-      const uint32_t n = min(rest, kValueStageVectors - phase);
-      const uint32_t to = ring + slot * kValueStageBytes + phase * 16, barrier = full + slot * 8;
+      const uint32_t phase = Phase<R>(from);
+      const uint32_t n = min(rest, R::kStageVectors - phase);
+      const uint32_t to = ring + slot * R::kStageBytes + phase * 16, barrier = full + slot * 8;
       Copy<true>(to, from, n * 16, barrier);
-      if (slot == 0) Copy<true>(ring + kValueRingBytes, from, kRingTail, barrier);
+      if (slot == 0) Copy<true>(ring + R::kBytes, from, kRingTail, barrier);
       Arrive(barrier);
       from += n * 16;
       rest -= n;
@@ -173,16 +187,17 @@ __device__ __forceinline__ void LoadValues(const Args& a, uint32_t control, Work
     }
     if (i == 0) ptx::CtaBarrier();  // barriers are there
     if (__all_sync(~0u, done)) break;
-    if (i >= kValueStages && !__any_sync(~0u, room)) ptx::Sleep(kPollNs);
+    if (i >= R::kStages && !__any_sync(~0u, room)) ptx::Sleep(kPollNs);
   }
 }
 
 // Masks likewise. Tiles behind W have none.
+template <typename R = Ring>
 __device__ __forceinline__ void LoadMasks(const Args& a, uint32_t control, Work work, int warp) {
   const bool idle = warp >= work.warps;
   const uint32_t full = control + kMaskFull + warp * kMaskStages * 8;
   const uint32_t empty = control + kMaskEmpty + warp * kMaskStages * 8;
-  const uint32_t ring = control + kControlBytes + warp * kWarpBytes + kValueRingBytes + kRingTail;
+  const uint32_t ring = control + kControlBytes + warp * R::kWarpBytes + R::kBytes + kRingTail;
   if (!idle) {
     for (int i = 0; i < kMaskStages; ++i)
       ptx::BarrierInit(full + i * 8, 1), ptx::BarrierInit(empty + i * 8, kArrivals);
@@ -234,7 +249,8 @@ __device__ __forceinline__ uint32_t Take(uint32_t mask, uint32_t address) {
 
 // Addresses count on past the end of the ring and fall back by its size when the stage at its
 // start is waited for: `Wait` then says true. All lanes hold the same.
-struct Stream {
+template <typename R>
+struct StreamOf {
   uint32_t full, empty, origin;   // barriers; address of vector 0 of `values`
   uint32_t waited = 0;            // stages
   uint32_t ready = 0, limit = 0;  // addresses: landed up to here, and the strip's end
@@ -244,21 +260,22 @@ struct Stream {
     const uint32_t start = limit + phase * 16, vectors = r.end - r.first;
     origin = start - r.first * 16;
     if (vectors)
-      limit += (phase + vectors + kValueStageVectors - 1) / kValueStageVectors * kValueStageBytes;
+      limit += (phase + vectors + R::kStageVectors - 1) / R::kStageVectors * R::kStageBytes;
     return vectors ? start : limit;
   }
 
   // Waits for the next stage. The one before the last is read no more.
   __device__ __forceinline__ bool Wait(int lane) {
     __syncwarp();
-    if (waited >= 2 && Frees(lane)) ptx::BarrierArrive(empty + (waited - 2) % kValueStages * 8);
-    ptx::BarrierWait(full + waited % kValueStages * 8, waited / kValueStages & 1);
-    const bool wraps = waited % kValueStages == 0 && waited != 0;
-    if (wraps) ready -= kValueRingBytes, limit -= kValueRingBytes, origin -= kValueRingBytes;
-    ready += kValueStageBytes;
+    if (waited >= 2 && Frees(lane)) ptx::BarrierArrive(empty + (waited - 2) % R::kStages * 8);
+    ptx::BarrierWait(full + waited % R::kStages * 8, waited / R::kStages & 1);
+    const bool wraps = waited % R::kStages == 0 && waited != 0;
+    if (wraps) ready -= R::kBytes, limit -= R::kBytes, origin -= R::kBytes;
+    ready += R::kStageBytes;
     ++waited;
     return wraps;
   }
 };
+using Stream = StreamOf<Ring>;
 
 }  // namespace flashllm::cuda
