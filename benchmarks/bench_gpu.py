@@ -54,7 +54,7 @@ def run(
             print(f"the budget is spent; left out: {left}", file=sys.stderr)
             break
         dense_us = gpu_timing.time_cublas(*shape, tokens, dtype)
-        time.sleep(0.2)  # many tokens at full power lower the GPU's clocks for a while
+        time.sleep(0.1)  # many tokens at full power lower the GPU's clocks for a while
         for sparsity in args.sparsity or SPARSITIES:
             dense = gpu_timing.random_weight(*shape, sparsity, dtype)
             case = Case(dense, tokens)
