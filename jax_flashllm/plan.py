@@ -29,8 +29,8 @@ _UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 MAX_GROUP = 64
 CHAIN_TOKENS = 32  # from 33 on products with wgmma, which chains lack, gain more
 # From so many tokens in W's dtype on, decoding it once costs less (docs/kernels.md) than eight
-# passes over W of 64 tokens, and no more than four of 256 with wgmma.
-DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 1024
+# passes over W of 64 tokens, or five of 256 with wgmma.
+DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 1025
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
 # The copy of x that the wide kernel reads: this many tokens of it at a time.

@@ -1,14 +1,16 @@
 // Bitmap main loop for more than 128 tokens: warps of their own decode W to shared memory, where
 // warpgroups multiply it by x, which lies there too.
 //
-//   values, masks   HBM ==bulk copies==> rings of shared memory a decoding warp (bitmap_stream.cuh)
-//   x               L2  ==bulk copies==> stages of 64 columns, for both CTAs of a cluster
+//   values   HBM ==bulk copies==> a ring a decoding warp, in stages of 2 KB, asked for by itself
+//   masks    HBM --> registers, a block ahead --> shared memory, with where runs start
+//   x        L2  ==bulk copies==> stages of 64 columns, for two CTAs of a cluster at once
 //
-//   decode     | half a tile's loads | stage free? | expand, store | the other half |
-//   multiply   | W and x there? | 4 x 2 wgmma started | those before are done: free their stages |
+//   decode     | the next tile's runs | stage free? | expand, store, the next tile's loads, twice |
+//   multiply   | W and x there? | half of W to registers, wgmma started | the other half |
 //
-// A CTA has 128 rows, a band of 16 for each decoding warp. A stage of W is their tiles of the same
-// 64 columns. The two CTAs of a cluster share a strip of 256 rows: each fetches half of x for both.
+// A CTA has 128 rows, a band of 16 for each multiplying warp, and 256 tokens. A stage of W is their
+// tiles of the same 64 columns. The two CTAs of a cluster share a strip of 256 rows: each fetches
+// half of x for both.
 //
 // A strip's tokens are cut into groups of a.group. Strip and group together are one strip of the
 // schedule, groups innermost. A share (a cluster's units) that starts inside of a strip leaves sums
@@ -24,24 +26,32 @@ namespace flashllm::cuda {
 namespace {
 
 constexpr int kCluster = 2;
-constexpr int kDecoders = 8, kMultipliers = 8;  // warps of a CTA
-constexpr int kThreads = (kDecoders + kMultipliers + kLoaders) * 32;
-constexpr uint32_t kWStageBytes = kDecoders * bitmap::kBandRows * 128;
-
+constexpr int kDecoders = 8, kMultipliers = 8;  // warps of a CTA, a band of 16 rows each
+constexpr int kThreads = (kDecoders + kMultipliers) * 32;
+constexpr uint32_t kTileBytes = bitmap::kBandRows * 128;
+constexpr uint32_t kWStageBytes = kDecoders * kTileBytes;
 constexpr int kTokens = 256;
 [[maybe_unused]] constexpr int kN8 = kTokens / 8;
-constexpr int kWStages = 3, kXStages = 3;
+constexpr int kWStages = 4, kXStages = 3;
 constexpr uint32_t kXStageBytes = kTokens * 128;
-[[maybe_unused]] constexpr int kMultiplyRegisters = 168, kDecodeRegisters = 56, kLoadRegisters = 32;
+// Together what the kernel starts with, 128.
+[[maybe_unused]] constexpr int kMultiplyRegisters = 176, kDecodeRegisters = 80;
 
-// Shared memory: stages of x, of W, their barriers, and what bitmap_stream.cuh has; sums' buffers.
-[[maybe_unused]] constexpr uint32_t kWFull = 0, kWEmpty = 64;
-constexpr uint32_t kStageControlBytes = 128;
+// Shared memory: stages of x and of W; of each decoding warp a block's masks and the values before
+// them, and its ring; sums' buffers; barriers. Masks that lie may send a lane's loads up to a tile
+// past the end of its ring: that much lies behind.
+constexpr uint32_t kScanBytes = 2 * kBlockMaskBytes, kRingBytes = kValueRingBytes + kRingTail;
+[[maybe_unused]] constexpr uint32_t kWFullAt = 0, kWEmptyAt = kWFullAt + kWStages * 8,
+                                    kXFullAt = kWEmptyAt + kWStages * 8,
+                                    kXEmptyAt = kXFullAt + kXStages * 8,
+                                    kValuesAt = kXEmptyAt + kXStages * 8;
+constexpr uint32_t kBarrierBytes = (2 * kWStages + 2 * kXStages + kDecoders * kValueStages) * 8;
 constexpr uint32_t kSharedBytes = kXStages * kXStageBytes + kWStages * kWStageBytes +
-                                  kStageControlBytes + kControlBytes + kDecoders * kWarpBytes +
-                                  kMultipliers * kBufferBytes;
+                                  kDecoders * (kScanBytes + kRingBytes) +
+                                  kMultipliers * kBufferBytes + kBarrierBytes;
 constexpr int kHopperBytes = 227 << 10;
 static_assert(kSharedBytes <= kHopperBytes);
+static_assert(kMultipliers * kBufferBytes >= kValueStageBytes);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -61,65 +71,24 @@ struct Constant {
 };
 
 struct Layout {
-  uint32_t x, w, w_barriers, control, buffers;
+  uint32_t x, w, scans, rings, buffers, barriers;
   explicit __device__ __forceinline__ Layout(uint32_t shared) : x(shared) {
     w = x + kXStages * kXStageBytes;
-    w_barriers = w + kWStages * kWStageBytes;
-    control = w_barriers + kStageControlBytes;
-    buffers = control + kControlBytes + kDecoders * kWarpBytes;
+    scans = w + kWStages * kWStageBytes;
+    rings = scans + kDecoders * kScanBytes;
+    buffers = rings + kDecoders * kRingBytes;
+    barriers = buffers + kMultipliers * kBufferBytes;
   }
 };
 
-// ---- x, by one warp: half of a stage to both CTAs ----
-
-__device__ __forceinline__ void LoadX(const Args& a, const CUtensorMap* map, const Layout& l,
-                                      Work work, int rank, int lane) {
-  constexpr int kPart = kTokens / kCluster;
-  if (lane < kXStages) {
-    ptx::BarrierInit(l.control + kXFull + lane * 8, 1);
-    ptx::BarrierInit(l.control + kXEmpty + lane * 8, kMultipliers * kCluster);
-  }
-  if (lane < kWStages) {
-    ptx::BarrierInit(l.w_barriers + kWFull + lane * 8, kDecoders * kArrivals);
-    ptx::BarrierInit(l.w_barriers + kWEmpty + lane * 8, kMultipliers * kArrivals);
-  }
-  ptx::FenceBarrierInit();
-  __syncwarp();
-  ptx::ClusterArrive(), ptx::ClusterWait();
-  ptx::CtaBarrier();
-  // Weights depend on nothing before this kernel; x does.
-  ptx::WaitForPrevious();
-  const int tiles = a.blocks * kBlockTiles;
-  int group = work.strip % a.strip_groups, tile = work.block * kBlockTiles;
-  Slot<kXStages> slot;
-  for (int i = 0; i < work.count * kBlockTiles; ++i) {
-    const uint32_t full = l.control + kXFull + slot.at * 8;
-    const uint32_t to = l.x + slot.at * kXStageBytes + rank * kPart * 128;
-    ptx::BarrierWait(l.control + kXEmpty + slot.at * 8, slot.parity ^ 1);
-    if (ptx::Elect()) {
-      ptx::BarrierExpect(full, kXStageBytes);
-      ptx::TileCopyMulticast(to, map, tile * 64, group * kTokens + rank * kPart, full,
-                             (1 << kCluster) - 1);
-    }
-    __syncwarp();
-    slot.Next();
-    if (++tile == tiles) {
-      tile = 0;
-      if (++group == a.strip_groups) group = 0;
-    }
-  }
-}
-
 // ---- decode ----
 
-// Where the runs of a block's four tiles start, a tile's words by eight lanes, four each. The words
-// give way to the values before them in their tile, a byte a step. `starts` is of tile j in lane
-// 8 j + 7: bytes of values before steps 1, 2, 3 and behind, 16 bits each.
-__device__ __forceinline__ void ScanBlock(uint32_t masks, int lane, uint32_t (&mask)[4],
+// Where the runs of a block's four tiles start, a tile's words by eight lanes, four each: into
+// shared memory, with the masks, go the values before each word in its tile, a byte a step.
+// `starts` is of tile j in lane 8 j + 7: bytes of values before steps 1, 2, 3 and behind, 16 bits
+// each.
+__device__ __forceinline__ void ScanBlock(uint4 w, uint32_t to, int lane, uint32_t (&mask)[4],
                                           uint2& starts) {
-  const uint4 w = ptx::LoadShared128(masks + lane * 16);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) mask[j] = ptx::LoadShared32(masks + j * 128 + lane * 4);
   const uint32_t a = ptx::ByteCounts(w.x), b = ptx::ByteCounts(w.y), c = ptx::ByteCounts(w.z);
   const uint32_t all = a + b + c + ptx::ByteCounts(w.w);
   // Before these: at most 7 * 32 a byte.
@@ -132,209 +101,328 @@ __device__ __forceinline__ void ScanBlock(uint32_t masks, int lane, uint32_t (&m
   const uint32_t both = even + odd, half = both & 0xffffu;
   starts.x = 2 * ((even & 0xffffu) | half << 16);
   starts.y = 2 * ((half + (even >> 16)) | (half + (both >> 16)) << 16);
+  __syncwarp();  // the last block's are read
+  ptx::StoreShared128(to + lane * 16, w.x, w.y, w.z, w.w);
+  ptx::StoreShared128(to + kBlockMaskBytes + lane * 16, before, before + a, before + a + b,
+                      before + a + b + c);
   __syncwarp();
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(masks + lane * 16), "r"(before),
-               "r"(before + a), "r"(before + a + b), "r"(before + a + b + c)
-               : "memory");
-  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 4; ++j) mask[j] = ptx::LoadShared32(to + j * 128 + lane * 4);
 }
 
-__device__ __forceinline__ void FindRuns(uint32_t before, uint2 starts, int j, int& tile,
-                                         int (&runs)[4]) {
+// Dot products, which the integer pipe has no part in, take numbers out of words.
+__device__ __forceinline__ void FindRuns(uint32_t before, uint2 starts, int j, uint32_t& tile,
+                                         uint32_t (&runs)[4]) {
   const uint32_t x = __shfl_sync(~0u, starts.x, 8 * j + 7),
                  y = __shfl_sync(~0u, starts.y, 8 * j + 7);
-  runs[0] = tile + 2 * int(before & 0xff);
-  runs[1] = tile + int(x & 0xffff) + 2 * int(before >> 8 & 0xff);
-  runs[2] = tile + int(x >> 16) + 2 * int(before >> 16 & 0xff);
-  runs[3] = tile + int(y & 0xffff) + 2 * int(before >> 24);
-  tile += int(y >> 16);
+  runs[0] = __dp4a(before, 0x2u, tile);
+  runs[1] = __dp4a(before, 0x200u, __dp2a_lo(x, 0x1u, tile));
+  runs[2] = __dp4a(before, 0x20000u, __dp2a_lo(x, 0x100u, tile));
+  runs[3] = __dp4a(before, 0x2000000u, __dp2a_lo(y, 0x1u, tile));
+  tile = __dp2a_lo(y, 0x100u, tile);
 }
 
-// Four weights of a row, a nibble of the mask: the words that hold their values. All four need the
-// third word.
+// Of each of a mask's eight nibbles, a byte of half h for each: which bytes of its four values
+// make its weight i. Absent ones take the place of the fourth value, where a zero is then.
+struct Selectors {
+  uint32_t of[2][4];
+};
+
+// First halves of tables for prmt, kept in registers.
+struct Tables {
+  uint32_t first = ptx::Keep(0x10761076u), second = ptx::Keep(0x32107676u),
+           none = ptx::Keep(0x76767676u), third = ptx::Keep(0x54323210u),
+           signs = ptx::Keep(0x80808080u), counts = ptx::Keep(0x04020200u);
+};
+
+__device__ __forceinline__ Selectors Select(const Tables& k, uint32_t mask) {
+  Selectors s;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    // prmt as a table of eight bytes, looked up by the first three bits of four nibbles.
+    const uint32_t nibbles = mask >> 16 * h, three = nibbles & 0x7777u;
+    s.of[h][0] = ptx::Permute(k.first, k.first, three);
+    s.of[h][1] = ptx::Permute(k.second, k.second, three);
+    s.of[h][2] = ptx::Permute(k.none, 0x54323210u, three);
+    // The fourth bit makes it the sign of a byte of the table.
+    const uint32_t fourth = ptx::Permute(k.signs, k.signs, nibbles);
+    s.of[h][3] = ptx::Permute(k.third, 0x76545432u, three) | (~fourth & 0x76767676u);
+  }
+  return s;
+}
+
+// Where the values of the second nibble of a mask's byte start, given where the first one's do.
+// Where the values of the second nibble of a mask's byte start, given where the first one's do.
+template <int kStep>
+__device__ __forceinline__ uint32_t SecondNibble(const Tables& k, uint32_t mask, uint32_t run) {
+  const uint32_t twice = ptx::Permute(k.counts, 0x06040402u, mask >> 16 * (kStep / 2) & 0x7777u);
+  const uint32_t fourth = mask >> 2 & 0x02020202u;  // twice the fourth bits
+  return __dp4a(fourth, 1u << 8 * kStep, __dp4a(twice, 1u << 16 * (kStep % 2), run));
+}
+
+// The words that hold a nibble's values, but of a fourth value itself.
 template <int kNibble>
-__device__ __forceinline__ void LoadWords(uint32_t counts, uint32_t run, uint32_t (&words)[3]) {
+__device__ __forceinline__ void LoadWords(uint32_t full, uint32_t run, uint32_t (&words)[3]) {
   const uint32_t at = run & ~3u;
   words[0] = ptx::LoadShared32(at);
   words[1] = ptx::LoadShared32(at + 4);
   words[2] = 0;
-  if (counts & 4u << 4 * kNibble) words[2] = ptx::LoadShared32(at + 8);
+  if (full & 1u << 4 * kNibble) words[2] = ptx::LoadShared16(run + 6);
 }
 
-// The weights, two a register.
+// A nibble's weights, two a register.
 template <int kNibble>
-__device__ __forceinline__ uint2 Expand(uint32_t mask, uint32_t run, const uint32_t (&words)[3]) {
-  const uint32_t ones = (mask >> 4 * kNibble & 15) * 0x204081u & 0x01010101u;  // a bit a byte
-  const uint32_t lo = __funnelshift_r(words[0], words[1], run * 8);
-  const uint32_t keep = ones * 255;
-  // A zero in the fourth place, unless a fourth value is there.
-  uint32_t hi = __funnelshift_r(words[1], words[2], run * 8);
-  if (keep != ~0u) hi &= 0xffffu;
-  // Of each weight the two bytes: behind those of the weights before it, or the zero.
-  const uint32_t bytes = ((ones * 0x22222200u + 0x10101010u) & keep) | (0x76767676u & ~keep);
-  return make_uint2(__byte_perm(lo, hi, bytes), __byte_perm(lo, hi, bytes >> 16));
+__device__ __forceinline__ uint2 Expand(const Selectors& s, uint32_t run,
+                                        const uint32_t (&words)[3]) {
+  const uint32_t odd = run & 2;
+  const uint32_t lo = __funnelshift_r(words[0], words[1], odd * 8);
+  const uint32_t hi = ptx::Permute(words[1], words[2], odd * 0x11 + 0x5410);
+  constexpr uint32_t kPick = (kNibble % 4) * 0x11 + 0x40;
+  const auto& of = s.of[kNibble / 4];
+  return make_uint2(ptx::Permute(lo, hi, ptx::Permute(of[0], of[1], kPick)),
+                    ptx::Permute(lo, hi, ptx::Permute(of[2], of[3], kPick)));
 }
 
-__device__ __forceinline__ void Decode(const Args& a, const Layout& l, Work work, int warp,
-                                       int lane) {
-  const uint32_t values = l.control + kControlBytes + warp * kWarpBytes;
+// A stage of W: a tile each of eight bands, one k-step of 16 columns after another, operand A of
+// mma.m16n8k16 by lanes (g, t). Its 16 bytes lie at line g / 2 * 4 + step of 128 bytes, place
+// g % 2 * 4 + (step ^ t): neither the lanes that have a step, as they decode it, nor those that
+// multiply it collide.
+__device__ __forceinline__ void Decode(const Args& a, const CUtensorMap* map, const Layout& l,
+                                       Work work, int rank, int warp, int lane) {
+  const uint32_t ring = ptx::Keep(l.rings + warp * kRingBytes);
+  const uint32_t scan = ptx::Keep(l.scans + warp * kScanBytes);
+  const uint32_t full = l.barriers + kValuesAt + warp * kValueStages * 8;
   const int count = work.count, place = work.place + warp;
-  int next_strip = work.strip, band = BandAt(a, next_strip, place);
-  Range range = LoadRange(a, band, work.block, min(count, a.blocks - work.block));
-  Stream stream = {l.control + kValueFull + warp * kValueStages * 8,
-                   l.control + kValueEmpty + warp * kValueStages * 8, 0};
-  stream.ready = stream.limit = values;
-  const uint32_t mask_full = l.control + kMaskFull + warp * kMaskStages * 8;
-  const uint32_t mask_empty = l.control + kMaskEmpty + warp * kMaskStages * 8;
-  const uint32_t mask_lane = ptx::Keep(values + kValueRingBytes + kRingTail + lane * 4);
-  // Columns 16 t .. 16 t + 7 of row g; the next eight and row g + 8 are an XOR and a sum away.
-  const int g = lane >> 2, t = lane & 3;
-  const uint32_t to = ptx::Keep(l.w + warp * 2048 + g * 128 + (2 * t ^ g) * 16);
+  int strip = work.strip, block = work.block, band = BandAt(a, strip, place);
+  Range range = LoadRange(a, band, block, min(count, a.blocks - block));
+  if (warp == 0) {
+    if (lane < kXStages) {
+      ptx::BarrierInit(l.barriers + kXFullAt + lane * 8, 1);
+      ptx::BarrierInit(l.barriers + kXEmptyAt + lane * 8, kMultipliers * kCluster);
+    }
+    if (lane < kWStages) {
+      ptx::BarrierInit(l.barriers + kWFullAt + lane * 8, kDecoders * kArrivals);
+      ptx::BarrierInit(l.barriers + kWEmptyAt + lane * 8, kMultipliers * kArrivals);
+    }
+  }
+  if (lane < kValueStages) ptx::BarrierInit(full + lane * 8, 1);
+  ptx::FenceBarrierInit();
+  __syncwarp();
+  ptx::ClusterArrive();
 
-  int runs[4], tile;  // the next tile
+  // ---- masks: a block ahead in registers ----
+  int mask_strip = strip, mask_block = block, mask_tiles = 0;
+  const uint4* mask_from = nullptr;
+  auto find_masks = [&] {
+    const int b = BandAt(a, mask_strip, place);
+    mask_tiles = b < a.bands ? a.tiles : 0;
+    mask_from = reinterpret_cast<const uint4*>(a.index) +
+                (int64_t(b) * a.tiles + mask_block * kBlockTiles) * 8 + lane;
+  };
+  auto load_masks = [&] {
+    const uint4 w =
+        ptx::LoadOnceOrZero(mask_block * kBlockTiles + lane / 8 < mask_tiles, mask_from);
+    mask_from += kBlockTiles * 8;
+    if (++mask_block == a.blocks) mask_block = 0, ++mask_strip, find_masks();
+    return w;
+  };
+  find_masks();
+  uint4 words_next = load_masks();
 
+  // ---- values: a stream of stages, asked for by this warp itself ----
+  // It goes on with the next strip, whose range is `range` by then, before the last one is decoded.
+  const uint8_t* from = nullptr;
+  uint32_t rest = 0;  // vectors
+  int under_way = 0;  // stages asked for and not waited for
+  uint32_t ask = 0, take_at = 0, parity = 0;
+  bool ahead = false;
+  auto fetch_strip = [&] {
+    const Range r = Clamp(a, range);
+    from = ValuesAt(a, band, r.first);
+    rest = __shfl_sync(~0u, r.end - r.first, 0);
+  };
+  auto refill = [&](int most) {
+    while (under_way < most) {
+      if (__builtin_expect(rest == 0, 0)) {
+        if (ahead) break;
+        ahead = true;
+        fetch_strip();
+        if (rest == 0) break;
+      }
+      // Stages end at multiples of their length: no line of memory is fetched twice.
+      const uint32_t phase = Phase(from), n = min(rest, kValueStageVectors - phase);
+      if (ptx::Elect()) {
+        const uint32_t to = ring + ask * kValueStageBytes + phase * 16, barrier = full + ask * 8;
+        ptx::BarrierExpect(barrier, n * 16 + (ask == 0 ? kRingTail : 0));
+        ptx::BulkCopyOnce(to, from, n * 16, barrier);
+        if (ask == 0) ptx::BulkCopyOnce(ring + kValueRingBytes, from, kRingTail, barrier);
+      }
+      __syncwarp();
+      from += n * 16;
+      rest -= n;
+      ++under_way;
+      if (++ask == kValueStages) ask = 0;
+    }
+  };
+  // Addresses count on past the end of the ring and fall back by its size when the stage at its
+  // start is waited for. All lanes hold the same: landed up to `ready`, the strip's end `limit`.
+  uint32_t ready = ring, limit = ring, origin = 0, tile, runs[4];
+  bool started = false;
+  auto wait_stage = [&] {
+    if (__builtin_expect(under_way == 0, 0)) refill(1);  // only where offsets skip
+    ptx::BarrierWait(full + take_at * 8, parity);
+    const bool wraps = take_at == 0 && started;
+    started = true;
+    if (wraps) ready -= kValueRingBytes, limit -= kValueRingBytes, origin -= kValueRingBytes;
+    ready += kValueStageBytes;
+    --under_way;
+    if (++take_at == kValueStages) take_at = 0, parity ^= 1;
+    return wraps;
+  };
   // Waits for the values of the tile whose runs these are. `tile` is its end.
   auto await = [&] {
-    while (__any_sync(~0u, int(tile - stream.ready) > 0)) {
-      if (stream.ready == stream.limit) {  // masks that lie
-        tile = stream.limit;
+    while (__any_sync(~0u, int(tile - ready) > 0)) {
+      if (ready == limit) {  // masks that lie
+        tile = limit;
         break;
       }
-      if (!stream.Wait(lane)) continue;
+      if (!wait_stage()) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (runs[i] >= int(values + kValueRingBytes)) runs[i] -= kValueRingBytes;
+        if (int(runs[i] - (ring + kValueRingBytes)) >= 0) runs[i] -= kValueRingBytes;
       tile -= kValueRingBytes;
     }
   };
-  // Where blocks end, one a lane: a fence waits for every load that is under way, so one load
-  // serves 32 blocks.
-  const uint32_t* offset = nullptr;
-  uint32_t ends = 0;
-  int ends_left = 0, ends_at = 0;
-  auto next_end = [&] {
-    if (ends_at % 32 == 0) {
-      if (lane < ends_left) ends = __ldg(offset + ends_at + lane);
-      ends_left -= 32;
-    }
-    return __shfl_sync(~0u, ends, ends_at++ % 32);
-  };
-  auto enter = [&](int block) {
-    // The shuffles tell the compiler that all lanes agree.
-    range = Clamp(a, range);
-    const uint32_t phase = Phase(ValuesAt(a, band, range.first));
-    const uint32_t start =
-        stream.Enter({__shfl_sync(~0u, range.first, 0), __shfl_sync(~0u, range.end, 0)},
-                     __shfl_sync(~0u, phase, 0));
+  const uint32_t* offset = nullptr;  // where the block ends
+  int left = count;                  // blocks behind this strip
+  // Enters the strip of `range`, at `limit`, and looks for the next one's.
+  auto enter = [&] {
+    if (!ahead) fetch_strip();
+    ahead = false;
+    const Range r = {__shfl_sync(~0u, Clamp(a, range).first, 0),
+                     __shfl_sync(~0u, Clamp(a, range).end, 0)};
+    const uint32_t phase = __shfl_sync(~0u, Phase(ValuesAt(a, band, r.first)), 0);
+    tile = limit + phase * 16;
+    origin = tile - r.first * 16;
+    const uint32_t vectors = r.end - r.first;
+    if (vectors)
+      limit += (phase + vectors + kValueStageVectors - 1) / kValueStageVectors * kValueStageBytes;
+    else
+      tile = limit;
     const int at = min(band, a.bands - 1);
     offset = a.offsets + int64_t(at / a.shard_bands) * a.shard_offsets +
              int64_t(at % a.shard_bands) * a.blocks + 1 + block;
-    ends_left = a.blocks - block, ends_at = 0;
-    return static_cast<int>(start);
-  };
-  auto look = [&](int left) {  // the next strip's range, a strip ahead
-    band = BandAt(a, ++next_strip, place);
+    left -= min(left, a.blocks - block);
+    band = BandAt(a, strip + 1, place);
     range = LoadRange(a, band, 0, min(left, a.blocks));
   };
-  tile = enter(work.block);
-  look(count - min(count, a.blocks - work.block));
+  enter();
+  refill(kFirstStages);
 
-  ptx::ClusterWait();
-  ptx::CtaBarrier();
-  int mask_slot = 0;  // of the next stage to wait for
-  uint32_t mask_parity = 0;
-  auto await_masks = [&] {
-    ptx::BarrierWait(mask_full + mask_slot * 8, mask_parity);
-    if (++mask_slot == kMaskStages) mask_slot = 0, mask_parity ^= 1;
-  };
-  await_masks();
-  uint32_t masks_here = 0, masks_next = mask_lane;  // of this block and of the next
   uint32_t block_masks[4];
   uint2 starts;
-  ScanBlock(masks_next - lane * 4, lane, block_masks, starts);
-  FindRuns(ptx::LoadShared32(masks_next), starts, 0, tile, runs);
+  ScanBlock(words_next, scan, lane, block_masks, starts);
+  words_next = load_masks();
+  FindRuns(ptx::LoadShared32(scan + kBlockMaskBytes + lane * 4), starts, 0, tile, runs);
   await();
+  const Tables tables;
+  uint32_t at[8], words[8][3], filled;
+  auto take = [&](auto step, uint32_t mask) {
+    constexpr int s = decltype(step)::value;
+    at[2 * s] = runs[s];
+    at[2 * s + 1] = SecondNibble<s>(tables, mask, runs[s]);
+    LoadWords<2 * s>(filled, at[2 * s], words[2 * s]);
+    LoadWords<2 * s + 1>(filled, at[2 * s + 1], words[2 * s + 1]);
+  };
+  auto find = [&](uint32_t mask) {
+    filled = mask & mask >> 1;
+    filled &= filled >> 2;
+  };
+  find(block_masks[0]);
+  take(Constant<0>(), block_masks[0]), take(Constant<2>(), block_masks[0]);
+  take(Constant<1>(), block_masks[0]), take(Constant<3>(), block_masks[0]);
 
+  // The lane's weights are of step t.
+  const int g = lane >> 2, t = lane & 3;
+  const uint32_t to =
+      ptx::Keep(l.w + warp * kTileBytes + ((g >> 1) * 4 + t) * 128 + (g & 1) * 64 + t * 16);
+  ptx::ClusterWait();
+  ptx::WaitForPrevious();  // weights depend on nothing before this kernel; x does
   Slot<kWStages> slot;
-  int block = work.block;
+  Slot<kXStages> x_slot;
   for (int i = 0; i < count; ++i) {
-    const bool strip_ends = block + 1 == a.blocks;
-    uint32_t block_end = 0;
-    masks_here = masks_next;
-    masks_next += kBlockMaskBytes;
-    if (masks_next == mask_lane + kMaskRingBytes) masks_next = mask_lane;
-    if (i % kMaskStageBlocks == 0) {
-      // What was read of the stage before this one is in registers.
-      const int last = mask_slot + 1 == kMaskStages ? 0 : mask_slot + 1;
-      __syncwarp();
-      if (i && Frees(lane)) ptx::BarrierArrive(mask_empty + last * 8);
-    } else if (i + 1 < count) {
-      await_masks();
-    }
-
+    const bool strip_ends = block + 1 == a.blocks, last = i + 1 == count;
+    const uint32_t block_end = __ldg(offset++);
 #pragma unroll
     for (int j = 0; j < kBlockTiles; ++j) {
       const uint32_t mask = block_masks[j];
-      uint32_t before = 0;
-      if (j < 3) before = ptx::LoadShared32(masks_here + (j + 1) * 128);
-      if (j == 1) block_end = next_end();
-      uint32_t words[8][3], counts = mask - (mask >> 1 & 0x55555555u);
-      counts = (counts & 0x33333333u) + (counts >> 2 & 0x33333333u);
-      int run[8];
-      auto take = [&](auto step) {
-        constexpr int s = decltype(step)::value;
-        run[2 * s] = runs[s];
-        run[2 * s + 1] = runs[s] + (s ? counts >> (8 * s - 1) & 14 : counts << 1 & 14);
-        LoadWords<2 * s>(counts, run[2 * s], words[2 * s]);
-        LoadWords<2 * s + 1>(counts, run[2 * s + 1], words[2 * s + 1]);
-      };
-      const uint32_t at = to + slot.at * kWStageBytes;
-      const uint32_t taken = mask;
-      auto put = [&](auto half) {
-        constexpr int u = decltype(half)::value;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint2 e = h ? Expand<4 * u + 1>(taken, run[4 * u + 1], words[4 * u + 1])
-                            : Expand<4 * u>(taken, run[4 * u], words[4 * u]);
-          const uint2 f = h ? Expand<4 * u + 3>(taken, run[4 * u + 3], words[4 * u + 3])
-                            : Expand<4 * u + 2>(taken, run[4 * u + 2], words[4 * u + 2]);
-          ptx::StoreShared128((at ^ u * 16) + h * 1024, e.x, e.y, f.x, f.y);
+      // ---- x, by the warps in turn: half of a stage to both CTAs ----
+      if (warp == i % 2 * 4 + j) {
+        constexpr int kPart = kTokens / kCluster;
+        const uint32_t x_full = l.barriers + kXFullAt + x_slot.at * 8;
+        // What this stage held last another warp asked for: until it is there, parities would
+        // mean a round before.
+        ptx::BarrierWait(x_full, x_slot.parity ^ 1);
+        ptx::BarrierWait(l.barriers + kXEmptyAt + x_slot.at * 8, x_slot.parity ^ 1);
+        if (ptx::Elect()) {
+          ptx::BarrierExpect(x_full, kXStageBytes);
+          ptx::TileCopyMulticast(l.x + x_slot.at * kXStageBytes + rank * kPart * 128, map,
+                                 (block * kBlockTiles + j) * 64,
+                                 strip % a.strip_groups * kTokens + rank * kPart, x_full,
+                                 (1 << kCluster) - 1);
         }
-      };
-      take(Constant<0>()), take(Constant<1>());
-      ptx::BarrierWait(l.w_barriers + kWEmpty + slot.at * 8, slot.parity ^ 1);
-      put(Constant<0>());
-      take(Constant<2>()), take(Constant<3>());
+        __syncwarp();
+      }
+      x_slot.Next();
 
-      // ---- the next tile ----
+      // ---- the next tile's runs ----
+      uint32_t before;
       if (j == kBlockTiles - 1) {
-        if (strip_ends || i + 1 == count) {
-          while (stream.ready != stream.limit) stream.Wait(lane);  // what offsets skip
-          if (i + 1 < count) {
-            tile = enter(0);
-            look(count - i - 1 - min(count - i - 1, a.blocks));
-          }
+        if (strip_ends || last) {
+          while (ready != limit) wait_stage();  // what offsets skip
+          block = -1, ++strip;
+          if (!last) block = 0, enter(), block = -1;
         } else {
           // Blocks start on 16 bytes, or where offsets say; unless they lie.
-          const uint32_t at = stream.origin + block_end * 16;
-          if (at - tile <= stream.limit - tile) tile = at;
+          const uint32_t next = origin + __shfl_sync(~0u, block_end, 0) * 16;
+          if (next - tile <= limit - tile) tile = next;
         }
+        ++block;
+        ScanBlock(words_next, scan, lane, block_masks, starts);
+        words_next = load_masks();
       }
-      if (j == kBlockTiles - 1) {
-        ScanBlock(masks_next - lane * 4, lane, block_masks, starts);
-        before = ptx::LoadShared32(masks_next);
+      before = ptx::LoadShared32(scan + kBlockMaskBytes + (j + 1) % kBlockTiles * 128 + lane * 4);
+      if (j < kBlockTiles - 1 || !last) {
+        FindRuns(before, starts, (j + 1) % kBlockTiles, tile, runs);
+        await();
       }
-      FindRuns(before, starts, (j + 1) % kBlockTiles, tile, runs);
+      // Of the last tile nothing is next, and what is loaded is not used.
+      const uint32_t mask_next = block_masks[(j + 1) % kBlockTiles];
+      find(mask_next);
 
-      // ---- store ----
+      // ---- this one ----
+      const Selectors s = Select(tables, mask);
+      const uint32_t where = to + slot.at * kWStageBytes;
+      ptx::BarrierWait(l.barriers + kWEmptyAt + slot.at * 8, slot.parity ^ 1);
+      auto put = [&](auto first) {
+        constexpr int f = 2 * decltype(first)::value;  // steps f / 2 and f / 2 + 2
+        const uint2 e0 = Expand<f>(s, at[f], words[f]),
+                    e1 = Expand<f + 1>(s, at[f + 1], words[f + 1]),
+                    e2 = Expand<f + 4>(s, at[f + 4], words[f + 4]),
+                    e3 = Expand<f + 5>(s, at[f + 5], words[f + 5]);
+        ptx::StoreShared128(where ^ f * 16, e0.x, e1.x, e2.x, e3.x);
+        ptx::StoreShared128(where ^ (f + 1) * 16, e0.y, e1.y, e2.y, e3.y);
+      };
+      put(Constant<0>());
+      take(Constant<0>(), mask_next), take(Constant<2>(), mask_next);
       put(Constant<1>());
-      ptx::FenceProxyAsync();
+      take(Constant<1>(), mask_next), take(Constant<3>(), mask_next);
       __syncwarp();
-      if (Frees(lane)) ptx::BarrierArrive(l.w_barriers + kWFull + slot.at * 8);
+      if (Frees(lane)) ptx::BarrierArrive(l.barriers + kWFullAt + slot.at * 8);
       slot.Next();
-      if (j < kBlockTiles - 1 || i + 1 < count) await();
+      // The next tile lies in the last two stages that were waited for.
+      refill(kValueStages - 2);
     }
-    block = strip_ends ? 0 : block + 1;
   }
 }
 
@@ -350,9 +438,9 @@ template <bool kBf16>
 __device__ __forceinline__ void Multiply(const Args& a, const Layout& l, Work work, int share,
                                          int warp, int lane) {
   ptx::ClusterWait();
-  ptx::CtaBarrier();
-  const int place = work.place + warp;
-  const uint64_t w = ptx::Descriptor(l.w + warp / 4 * 64 * 128), x = ptx::Descriptor(l.x);
+  const int place = work.place + warp, g = lane >> 2, t = lane & 3;
+  const uint64_t x = ptx::Descriptor(l.x);
+  const uint32_t from = ptx::Keep(l.w + warp * kTileBytes + (g >> 1) * 512 + (g & 1) * 64 + t * 16);
   const uint32_t buffer = l.buffers + warp * kBufferBytes;
   Slot<kWStages> w_slot;
   Slot<kXStages> x_slot;
@@ -360,30 +448,48 @@ __device__ __forceinline__ void Multiply(const Args& a, const Layout& l, Work wo
   for (int left = work.count; left;) {
     const int blocks = min(left, a.blocks - begin);
     float acc[kN8][4] = {};
-    int w_last = 0, x_last = 0;
-    auto release = [&] {
-      if (Frees(lane)) ptx::BarrierArrive(l.w_barriers + kWEmpty + w_last * 8);
-      if (lane < kCluster) ptx::BarrierArriveAt(l.control + kXEmpty + x_last * 8, lane);
-    };
+    uint32_t w[4][4];
+    int x_last = 0;
     for (int i = 0; i < blocks * kBlockTiles; ++i) {
-      ptx::BarrierWait(l.control + kXFull + x_slot.at * 8, x_slot.parity);
-      ptx::BarrierWait(l.w_barriers + kWFull + w_slot.at * 8, w_slot.parity);
+      ptx::BarrierWait(l.barriers + kWFullAt + w_slot.at * 8, w_slot.parity);
+      const uint32_t here = from + w_slot.at * kWStageBytes;
+      ptx::WgmmaWaitAllBut<1>();
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const uint4 v = ptx::LoadShared128((here ^ s * 16) + s * 128);
+        w[s][0] = v.x, w[s][1] = v.y, w[s][2] = v.z, w[s][3] = v.w;
+      }
+      ptx::BarrierWait(l.barriers + kXFullAt + x_slot.at * 8, x_slot.parity);
       ptx::WgmmaFence();
 #pragma unroll
-      for (int s = 0; s < 4; ++s)
+      for (int s = 0; s < 2; ++s)
 #pragma unroll
         for (int h = 0; h < kN8 / 16; ++h)
-          ptx::Wgmma<kBf16>(reinterpret_cast<float (&)[16][4]>(acc[h * 16]),
-                            w + w_slot.at * (kWStageBytes >> 4) + 2 * s,
+          ptx::Wgmma<kBf16>(reinterpret_cast<float (&)[16][4]>(acc[h * 16]), w[s],
                             x + x_slot.at * (kXStageBytes >> 4) + 2 * s + h * 1024);
       ptx::WgmmaCommit();
       ptx::WgmmaWaitAllBut<1>();
-      if (i) release();
-      w_last = w_slot.at, x_last = x_slot.at;
+      if (i && lane < kCluster) ptx::BarrierArriveAt(l.barriers + kXEmptyAt + x_last * 8, lane);
+#pragma unroll
+      for (int s = 2; s < 4; ++s) {
+        const uint4 v = ptx::LoadShared128((here ^ s * 16) + s * 128);
+        w[s][0] = v.x, w[s][1] = v.y, w[s][2] = v.z, w[s][3] = v.w;
+      }
+      __syncwarp();
+      if (Frees(lane)) ptx::BarrierArrive(l.barriers + kWEmptyAt + w_slot.at * 8);
+      ptx::WgmmaFence();
+#pragma unroll
+      for (int s = 2; s < 4; ++s)
+#pragma unroll
+        for (int h = 0; h < kN8 / 16; ++h)
+          ptx::Wgmma<kBf16>(reinterpret_cast<float (&)[16][4]>(acc[h * 16]), w[s],
+                            x + x_slot.at * (kXStageBytes >> 4) + 2 * s + h * 1024);
+      ptx::WgmmaCommit();
+      x_last = x_slot.at;
       w_slot.Next(), x_slot.Next();
     }
     ptx::WgmmaWait(acc);
-    release();
+    if (lane < kCluster) ptx::BarrierArriveAt(l.barriers + kXEmptyAt + x_last * 8, lane);
 
     // ---- the segment's end ----
     ptx::WaitForPrevious();  // it has, or x were not here; what it wrote is seen from here on
@@ -443,27 +549,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     // The other CTA may still free its x here.
     __syncwarp();
     ptx::ClusterArrive(), ptx::ClusterWait();
-  } else if (warp < kMultipliers + kDecoders) {
-    ptx::LowerRegisters<kDecodeRegisters>();
-    ptx::ClusterArrive();
-    Decode(a, layout(), work(), warp - kMultipliers, lane);
-    __syncwarp();
-    ptx::ClusterArrive(), ptx::ClusterWait();
   } else {
-    ptx::LowerRegisters<kLoadRegisters>();
-    const Layout l = layout();
-    Work w = work();
-    const int loader = warp - kMultipliers - kDecoders;
-    // x's warp waits for those of the other CTA.
-    if (loader < 3) ptx::ClusterArrive();
-    if (loader < 2)
-      LoadValues(a, l.control, w, loader * 4 + lane, lane >= 4);
-    else if (loader == 2)
-      LoadMasks(a, l.control, w, lane);
-    else
-      LoadX(a, &x, l, w, rank, lane);
+    ptx::LowerRegisters<kDecodeRegisters>();
+    Decode(a, &x, layout(), work(), rank, warp - kMultipliers, lane);
     __syncwarp();
-    if (loader < 3) ptx::ClusterWait();
     ptx::ClusterArrive(), ptx::ClusterWait();
   }
 #else

@@ -69,6 +69,19 @@ __device__ __forceinline__ void ZeroShared128(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0));
 }
 
+// ---- global memory ----
+
+// What nobody will read again, or zeros. The compiler would select behind a load, and wait for it.
+__device__ __forceinline__ uint4 LoadOnceOrZero(bool there, const uint4* p) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0;"
+      " mov.u32 %3, 0; @p ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(uint32_t(there)));
+  return v;
+}
+
 // ---- asynchronous copies and mbarriers ----
 
 __device__ __forceinline__ void BarrierInit(uint32_t barrier, int arrivals) {
@@ -321,6 +334,13 @@ __device__ __forceinline__ uint32_t ByteCounts(uint32_t m) {
 __device__ __forceinline__ uint32_t Permute(uint32_t v, uint32_t selector) {
   uint32_t r;
   asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(v), "r"(selector));
+  return r;
+}
+
+// Bytes of x (0 to 3) and y (4 to 7); a digit of 8 and more names a byte's sign.
+__device__ __forceinline__ uint32_t Permute(uint32_t x, uint32_t y, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(selector));
   return r;
 }
 
