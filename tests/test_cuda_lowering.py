@@ -94,8 +94,8 @@ def test_a_decoded_weight_multiplies_alike(format, shards, with_bias, activation
         ((2, 40), ["wide = 1", "group = 128"]),
         ((128,), ["wide = 1", "group = 128"]),
         ((129,), ["wide = 1", "group = 256"]),
-        ((1023,), ["wide = 1", "group = 256"]),
-        ((1024,), ["flashllm_decode_bitmap_v1", "dot_general"]),
+        ((1024,), ["wide = 1", "group = 256"]),
+        ((1025,), ["flashllm_decode_bitmap_v1", "dot_general"]),
     ],
     ids=str,
 )

@@ -103,25 +103,6 @@ __device__ __forceinline__ void Wgmma(float (&c)[16][4], const uint32_t (&a)[4],
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// The same with A in shared memory too: 64 rows that lie as B's tokens do.
-#define FLASHLLM_WGMMA128_SHARED(type)                                                     \
-  "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type \
-  "." type                                                                                 \
-  " {"                                                                                     \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "       \
-  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "       \
-  "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "       \
-  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                   \
-  "}, %64, %65, p, 1, 1, 0, 0; }"
-
-template <bool kBf16>
-__device__ __forceinline__ void Wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
-  if constexpr (kBf16)
-    asm volatile(FLASHLLM_WGMMA128_SHARED("bf16") : FLASHLLM_SUMS64(0) : "l"(a), "l"(b));
-  else
-    asm volatile(FLASHLLM_WGMMA128_SHARED("f16") : FLASHLLM_SUMS64(0) : "l"(a), "l"(b));
-}
-
 #undef FLASHLLM_SUMS4
 #undef FLASHLLM_SUMS16
 #undef FLASHLLM_SUMS32
@@ -129,7 +110,6 @@ __device__ __forceinline__ void Wgmma(float (&c)[16][4], uint64_t a, uint64_t b)
 #undef FLASHLLM_WGMMA32
 #undef FLASHLLM_WGMMA64
 #undef FLASHLLM_WGMMA128
-#undef FLASHLLM_WGMMA128_SHARED
 
 }  // namespace flashllm::cuda::ptx
 #endif
