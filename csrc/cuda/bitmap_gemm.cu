@@ -28,7 +28,6 @@ namespace {
 constexpr int kCluster = 2;
 constexpr int kDecoders = 8, kMultipliers = 8;  // warps of a CTA, a band of 16 rows each
 constexpr int kThreads = (kDecoders + kMultipliers) * 32;
-constexpr uint32_t kTileBytes = bitmap::kBandRows * 128;
 constexpr uint32_t kWStageBytes = kDecoders * kTileBytes;
 constexpr int kTokens = 256;
 [[maybe_unused]] constexpr int kN8 = kTokens / 8;
