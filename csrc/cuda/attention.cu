@@ -7,9 +7,10 @@
 //   slot G   again lane 0 ...                         kUnroll such rounds in flight
 //
 // Each group of L lanes keeps a softmax of its own over the slots it sees (running maximum, sum,
-// and sum of values; Milakov and Gimelshein 2018), and all are joined at the end. The cache is a
-// stream: nothing is read twice, and the slots not yet written are not read at all, which no
-// program of fixed shapes can do.
+// and sum of values; Milakov and Gimelshein 2018), one of them beginning with the new token, and
+// all are joined at the end, in the first CTA's shared memory. The cache is a stream: nothing is
+// read twice, and the slots not yet written are not read at all, which no program of fixed shapes
+// can do.
 //
 // In a chain the first round is read before the product of q, k and v has ended: of the cache that
 // writes nothing, and what it holds was there before the chain began.
@@ -28,36 +29,50 @@ constexpr int kSplit = 4;  // CTAs a head
 constexpr int kThreads = 128;
 constexpr int kWarps = kSplit * kThreads / 32;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr int kMaxThreads = kThreads, kCtas = 6;  // an SM; of fp8, whose pieces are longer, fewer
+constexpr int kMaxThreads = kThreads, kCtas = 5;  // an SM; of fp8, whose pieces are longer, fewer
 #else
 constexpr int kMaxThreads = kSplit * kThreads, kCtas = 1;  // without clusters
 #endif
 constexpr int kUnroll = 4;  // 4 KB of keys and values a warp in flight
 constexpr float kLog2E = 1.4426950408889634f;
 
-// kSize numbers of qkv from i on, which kSize divides. By way of L2: the kernel before wrote them
-// while this one ran.
+// kSize numbers of qkv from each of three places on, which kSize divides: loads that do not wait
+// for each other. By way of L2: the kernel before wrote them while this one ran.
 template <int kSize>
-__device__ __forceinline__ void Load(const void* p, Kind kind, int64_t i, float (&to)[kSize]) {
+__device__ __forceinline__ void Load3(const void* p, Kind kind, const int64_t (&from)[3],
+                                      float (&to)[3][kSize]) {
   if (kind == Kind::kF32) {
+    float4 v[3][kSize / 4];
 #pragma unroll
-    for (int e = 0; e < kSize; e += 4) {
-      const float4 v =
-          __ldcg(reinterpret_cast<const float4*>(static_cast<const float*>(p) + i + e));
-      to[e] = v.x, to[e + 1] = v.y, to[e + 2] = v.z, to[e + 3] = v.w;
-    }
+    for (int i = 0; i < 3; ++i)
+#pragma unroll
+      for (int e = 0; e < kSize / 4; ++e)
+        v[i][e] =
+            __ldcg(reinterpret_cast<const float4*>(static_cast<const float*>(p) + from[i]) + e);
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+#pragma unroll
+      for (int e = 0; e < kSize / 4; ++e)
+        to[i][4 * e] = v[i][e].x, to[i][4 * e + 1] = v[i][e].y, to[i][4 * e + 2] = v[i][e].z,
+                  to[i][4 * e + 3] = v[i][e].w;
     return;
   }
+  uint2 v[3][kSize / 4];
 #pragma unroll
-  for (int e = 0; e < kSize; e += 4) {
-    const uint2 v = __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + i + e));
-    const uint16_t halves[4] = {static_cast<uint16_t>(v.x), static_cast<uint16_t>(v.x >> 16),
-                                static_cast<uint16_t>(v.y), static_cast<uint16_t>(v.y >> 16)};
+  for (int i = 0; i < 3; ++i)
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      to[e + j] = kind == Kind::kF16 ? __half2float(__ushort_as_half(halves[j]))
-                                     : __bfloat162float(__ushort_as_bfloat16(halves[j]));
-  }
+    for (int e = 0; e < kSize / 4; ++e)
+      v[i][e] =
+          __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + from[i]) + e);
+#pragma unroll
+  for (int i = 0; i < 3; ++i)
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const uint32_t two = e % 4 < 2 ? v[i][e / 4].x : v[i][e / 4].y;
+      const uint16_t half = static_cast<uint16_t>(two >> e % 2 * 16);
+      to[i][e] = kind == Kind::kF16 ? __half2float(__ushort_as_half(half))
+                                    : __bfloat162float(__ushort_as_bfloat16(half));
+    }
 }
 
 __device__ __forceinline__ void Store(void* p, Kind kind, int64_t i, float v) {
@@ -93,6 +108,10 @@ __device__ __forceinline__ Piece<C> LoadPiece(const C* p) {
   return v;
 }
 
+__device__ __forceinline__ void Prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // Joins (m, l, acc) with that of the lanes `offset` away.
 template <int kSize>
 __device__ __forceinline__ void Join(int offset, float* m, float* l, float (&acc)[kSize]) {
@@ -112,9 +131,10 @@ __device__ __forceinline__ void Join(int offset, float* m, float* l, float (&acc
 }
 
 // To the cluster's first CTA, by the address in this one.
-__device__ __forceinline__ void StoreFirst(float4* to, float4 v) {
+__device__ __forceinline__ void StoreFirst(float4* to, [[maybe_unused]] uint32_t barrier,
+                                           float4 v) {
 #if __CUDA_ARCH__ >= 900
-  ptx::StoreCluster128(ptx::SharedAddress(to), 0, v);
+  ptx::StoreCluster128(ptx::SharedAddress(to), barrier, 0, v);
 #else
   *to = v;
 #endif
@@ -127,14 +147,22 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(C) == 1 ? (kCtas + 1) / 2 
   constexpr int kSize = P::kSize;
   __shared__ float4 softmax[kWarps];  // of each warp maximum and sum
   __shared__ float4 parts[kWarps][kLanes * kSize / 4];
+  __shared__ __align__(8) uint64_t arrived;  // of which only the first CTA's counts
 
   ptx::LaunchDependents();
+  const uint32_t barrier = ptx::SharedAddress(&arrived);
 #if __CUDA_ARCH__ >= 900
-  ptx::ClusterArrive();
+  if (threadIdx.x == 0) {
+    ptx::BarrierInit(barrier, 1);
+    ptx::FenceBarrierInit();
+    ptx::BarrierExpect(barrier, sizeof(softmax) + sizeof(parts));
+  }
+  __syncwarp();
+  ptx::ClusterArriveRelaxed();
 #endif
-  const int rank = blockIdx.x % split;
-  const int thread = rank * blockDim.x + threadIdx.x, threads = split * blockDim.x;
-  const int lane = thread % kLanes, group = thread / kLanes, groups = threads / kLanes;
+  constexpr int kGroups = kSplit * kThreads / kLanes, kRound = kGroups * kUnroll;
+  const int rank = blockIdx.x % split, thread = rank * blockDim.x + threadIdx.x;
+  const int lane = thread % kLanes, group = thread / kLanes;
   const int64_t head = blockIdx.x / split, row = head / a.heads, h = head % a.heads;
   const int d = static_cast<int>(a.d), column = lane * kSize;
   const bool active = column < d;
@@ -142,49 +170,64 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(C) == 1 ? (kCtas + 1) / 2 
   C* const keys = static_cast<C*>(a.keys) + head * a.slots * d + column;
   C* const values = static_cast<C*>(a.values) + head * a.slots * d + column;
   const bool* const open = a.open + row * a.slots;
-  const int64_t of_q = (row * 3 * a.heads + h) * d + column;
-  const int64_t of_k = of_q + a.heads * d, of_v = of_k + a.heads * d;
 
   P k[kUnroll], v[kUnroll];
   bool seen[kUnroll];
-  const auto read = [&](int base) {  // all but the new slot
+  const auto read_keys = [&](int base) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int slot = base + u * groups + group;
-      *reinterpret_cast<uint4*>(&k[u]) = *reinterpret_cast<uint4*>(&v[u]) = uint4{};
-      seen[u] = slot <= last && open[slot];
-      if (slot < last && active) {
-        k[u] = LoadPiece(keys + int64_t(slot) * d);
-        v[u] = LoadPiece(values + int64_t(slot) * d);
-      }
+      const int slot = base + u * kGroups + group;
+      *reinterpret_cast<uint4*>(&k[u]) = uint4{};
+      seen[u] = slot < last && open[slot];
+      if (slot < last && active) k[u] = LoadPiece(keys + int64_t(slot) * d);
     }
   };
-  read(0);
-  ptx::WaitForPrevious();
-
-  const float scale = rsqrtf(static_cast<float>(d)) * kLog2E;
-  float q[kSize] = {}, acc[kSize] = {};
-  if (active) Load(a.qkv, a.token, of_q, q);
-#pragma unroll
-  for (int e = 0; e < kSize; ++e) q[e] *= scale;
-  float m = -INFINITY, l = 0.0f;
-
-  for (int base = 0; base <= last; base += groups * kUnroll) {
-    if (base) read(base);
+  const auto read_values = [&](int base) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (base + u * groups + group == last && active) {
-        float fresh[kSize];
-        Load(a.qkv, a.token, of_k, fresh);
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) k[u].x[e] = FromFloat<C>(fresh[e]);
-        Load(a.qkv, a.token, of_v, fresh);
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) v[u].x[e] = FromFloat<C>(fresh[e]);
-        *reinterpret_cast<P*>(keys + int64_t(last) * d) = k[u];
-        *reinterpret_cast<P*>(values + int64_t(last) * d) = v[u];
-      }
+      const int slot = base + u * kGroups + group;
+      *reinterpret_cast<uint4*>(&v[u]) = uint4{};
+      if (slot < last && active) v[u] = LoadPiece(values + int64_t(slot) * d);
     }
+  };
+  read_keys(0), read_values(0);
+  if (active && column * sizeof(C) % 128 == 0) {  // and to L2 what comes next
+#pragma unroll
+    for (int u = kUnroll; u < 3 * kUnroll; ++u) {
+      const int slot = u * kGroups + group;
+      if (slot < last) Prefetch(keys + int64_t(slot) * d), Prefetch(values + int64_t(slot) * d);
+    }
+  }
+  const bool newest = last % kGroups == group, newest_open = newest && open[last];
+#if __CUDA_ARCH__ >= 900
+  ptx::ClusterWait();  // all CTAs run, and may be written to
+#endif
+  ptx::WaitForPrevious();
+
+  // The new token first: its group begins with it, all others with nothing.
+  const float scale = rsqrtf(static_cast<float>(d)) * kLog2E;
+  const int64_t of_q = (row * 3 * a.heads + h) * d + column, apart = a.heads * d;
+  float qkv[3][kSize] = {};
+  if (active) Load3(a.qkv, a.token, {of_q, of_q + apart, of_q + 2 * apart}, qkv);
+  P new_k, new_v;
+  float q[kSize], acc[kSize], m = 0.0f;
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) {
+    q[e] = qkv[0][e] * scale;
+    new_k.x[e] = FromFloat<C>(qkv[1][e]), new_v.x[e] = FromFloat<C>(qkv[2][e]);
+    m = fmaf(q[e], ToFloat(new_k.x[e]), m);
+    acc[e] = newest_open ? ToFloat(new_v.x[e]) : 0.0f;
+  }
+  if (newest && active) {
+    *reinterpret_cast<P*>(keys + int64_t(last) * d) = new_k;
+    *reinterpret_cast<P*>(values + int64_t(last) * d) = new_v;
+  }
+#pragma unroll
+  for (int offset = kLanes / 2; offset; offset /= 2) m += __shfl_xor_sync(~0u, m, offset);
+  float l = newest_open ? 1.0f : 0.0f;
+  m = newest_open ? m : -INFINITY;
+
+  for (int base = 0; base < last; base += kRound) {
     float score[kUnroll], top = m;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -196,6 +239,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(C) == 1 ? (kCtas + 1) / 2 
       score[u] = seen[u] ? s : -INFINITY;
       top = fmaxf(top, score[u]);
     }
+    read_keys(base + kRound);
     const float reference = top == -INFINITY ? 0.0f : top;  // no slot seen yet: no NaN
     const float rescale = exp2f(m - reference);
     l *= rescale;
@@ -209,33 +253,33 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(C) == 1 ? (kCtas + 1) / 2 
       for (int e = 0; e < kSize; ++e) acc[e] = fmaf(p, ToFloat(v[u].x[e]), acc[e]);
     }
     m = top;
+    read_values(base + kRound);
   }
 
   // Groups of a warp, then warps of all CTAs in the first one's shared memory.
 #pragma unroll
   for (int offset = kLanes; offset < 32; offset *= 2) Join(offset, &m, &l, acc);
-#if __CUDA_ARCH__ >= 900
-  ptx::ClusterWait();  // all CTAs run, and may be written to
-#endif
-  const int warp = thread / 32, warps = threads / 32;
+  const int warp = thread / 32;
   if (threadIdx.x % 32 < kLanes) {
 #pragma unroll
     for (int e = 0; e < kSize; e += 4)
-      StoreFirst(&parts[warp][(column + e) / 4],
+      StoreFirst(&parts[warp][(column + e) / 4], barrier,
                  make_float4(acc[e], acc[e + 1], acc[e + 2], acc[e + 3]));
-    if (lane == 0) StoreFirst(&softmax[warp], make_float4(m, l, 0.0f, 0.0f));
+    if (lane == 0) StoreFirst(&softmax[warp], barrier, make_float4(m, l, 0.0f, 0.0f));
   }
+  if (rank) return;
 #if __CUDA_ARCH__ >= 900
-  ptx::ClusterArrive(), ptx::ClusterWait();
+  ptx::BarrierWait(barrier, 0);
 #else
   __syncthreads();
 #endif
-  if (rank) return;
   for (int c = threadIdx.x; c < d; c += blockDim.x) {
     float top = -INFINITY, sum = 0.0f, y = 0.0f;
-    for (int w = 0; w < warps; ++w) top = fmaxf(top, softmax[w].x);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, softmax[w].x);
     const float reference = top == -INFINITY ? 0.0f : top;
-    for (int w = 0; w < warps; ++w) {
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
       const float part = exp2f(softmax[w].x - reference);
       sum += part * softmax[w].y;
       y += part * reinterpret_cast<const float*>(parts[w])[c];

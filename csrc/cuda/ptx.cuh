@@ -191,12 +191,22 @@ __device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// To another CTA of the cluster, by the address in this one.
-__device__ __forceinline__ void StoreCluster128(uint32_t address, uint32_t rank, float4 v) {
+// The same for who has written nothing that others shall read, but for barriers (FenceBarrierInit):
+// the other one waits until all of this thread's writes have reached L2.
+__device__ __forceinline__ void ClusterArriveRelaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+// To a CTA of the cluster, by the address in this one; its 16 bytes count towards the phase of the
+// barrier there.
+__device__ __forceinline__ void StoreCluster128(uint32_t address, uint32_t barrier, uint32_t rank,
+                                                float4 v) {
   asm volatile(
-      "{ .reg .b32 to; mapa.shared::cluster.u32 to, %0, %1;"
-      " st.shared::cluster.v4.f32 [to], {%2, %3, %4, %5}; }" ::"r"(address),
-      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      "{ .reg .b32 to, at; mapa.shared::cluster.u32 to, %0, %2;"
+      " mapa.shared::cluster.u32 at, %1, %2;"
+      " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [at];"
+      " }" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
 

@@ -206,8 +206,13 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
 
 // ---- LayerNorm ----
 
-constexpr int kNormSplit = 4, kNormThreads = 128;  // CTAs of a cluster, which share a token
-constexpr int kNormKept = 4;                       // 16-byte pieces a thread
+constexpr int kNormSplit = 8, kNormThreads = 128;  // CTAs of a cluster, which share a token
+constexpr int kNormKept = 2;                       // 16-byte pieces a thread
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr int kNormMaxThreads = kNormThreads;
+#else
+constexpr int kNormMaxThreads = kNormSplit * kNormThreads;  // without clusters
+#endif
 
 // Numbers i to i + 7, or all `absent` where there are none: loads that do not wait for each other.
 __device__ inline void LoadEight(const void* p, Type type, int64_t i, float absent,
@@ -224,13 +229,6 @@ __device__ inline void LoadEight(const void* p, Type type, int64_t i, float abse
     const uint16_t half = static_cast<uint16_t>(words[j / 2] >> j % 2 * 16);
     to[j] = ToFloat(half, type == Type::kBF16);
   }
-}
-
-// To L2, where there is such a vector.
-__device__ inline void Prefetch(const void* p, Type type, int64_t i) {
-  if (!p) return;
-  const char* const at = static_cast<const char*>(p) + i * (type == Type::kF32 ? 4 : 2);
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
 // The sum over the CTA's threads, in a fixed order.
@@ -250,7 +248,7 @@ __device__ float SumOverCta(float v) {
 // mean of its part and the squares about that; those of all parts are joined as Chan, Golub and
 // LeVeque do.
 template <bool kBf16>
-__global__ void __launch_bounds__(1024) NormKernel(const __grid_constant__ Norm a) {
+__global__ void __launch_bounds__(kNormMaxThreads) NormKernel(const __grid_constant__ Norm a) {
   const int pieces = static_cast<int>(a.width / 8), threads = gridDim.x * blockDim.x;
   const int64_t at = blockIdx.y * a.width;
   const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.h) + at);
@@ -260,7 +258,7 @@ __global__ void __launch_bounds__(1024) NormKernel(const __grid_constant__ Norm 
 #pragma unroll
     for (int j = 0; j < kNormKept; ++j) {
       const int piece = j * threads + blockIdx.x * blockDim.x + threadIdx.x;
-      if (piece < pieces) f(piece, kept[j]);
+      if (piece < pieces) f(j, piece, kept[j]);
     }
   };
   auto numbers = [&](uint4& v, auto f) {
@@ -269,49 +267,58 @@ __global__ void __launch_bounds__(1024) NormKernel(const __grid_constant__ Norm 
     for (int i = 0; i < 8; ++i)
       f(i, ToFloat(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16), kBf16));
   };
-  // Weights have gone through L2 since scale and shift were there.
+  // These come from memory, past whatever weights went through L2 since.
+  float by[kNormKept][8], add[kNormKept][8];
   int count = 0;
-  each([&](int piece, uint4&) {
+  each([&](int j, int piece, uint4&) {
     count += 8;
-    Prefetch(a.scale, a.scale_type, int64_t(piece) * 8);
-    Prefetch(a.shift, a.shift_type, int64_t(piece) * 8);
+    LoadEight(a.scale, a.scale_type, int64_t(piece) * 8, 1.0f, by[j]);
+    LoadEight(a.shift, a.shift_type, int64_t(piece) * 8, 0.0f, add[j]);
   });
   const float all = SumOverCta(static_cast<float>(count));
 #if __CUDA_ARCH__ >= 900
-  ptx::ClusterArrive(), ptx::ClusterWait();  // all CTAs run, and may be written to
+  __shared__ __align__(8) uint64_t arrived;
+  __shared__ float4 parts[kNormSplit];
+  const uint32_t barrier = ptx::SharedAddress(&arrived);
+  if (threadIdx.x == 0) {
+    ptx::BarrierInit(barrier, 1);
+    ptx::FenceBarrierInit();
+    ptx::BarrierExpect(barrier, sizeof(parts));
+  }
+  __syncwarp();
+  ptx::ClusterArriveRelaxed(), ptx::ClusterWait();  // all CTAs run, and may be written to
 #endif
   ptx::WaitForPrevious();
-  each([&](int piece, uint4& v) { v = __ldcg(from + piece); });
+  each([&](int, int piece, uint4& v) { v = __ldcg(from + piece); });
   float sum = 0.0f;
-  each([&](int, uint4& v) { numbers(v, [&](int, float x) { sum += x; }); });
+  each([&](int, int, uint4& v) { numbers(v, [&](int, float x) { sum += x; }); });
   float mean = SumOverCta(sum) / fmaxf(all, 1.0f), squares = 0.0f;
-  each([&](int, uint4& v) {
+  each([&](int, int, uint4& v) {
     numbers(v, [&](int, float x) { squares += (x - mean) * (x - mean); });
   });
   squares = SumOverCta(squares);
 #if __CUDA_ARCH__ >= 900
-  __shared__ float4 parts[kNormSplit];
-  if (threadIdx.x < gridDim.x)
-    ptx::StoreCluster128(ptx::SharedAddress(&parts[blockIdx.x]), threadIdx.x,
+  if (threadIdx.x < kNormSplit)
+    ptx::StoreCluster128(ptx::SharedAddress(&parts[blockIdx.x]), barrier, threadIdx.x,
                          make_float4(all, mean, squares, 0.0f));
-  ptx::ClusterArrive(), ptx::ClusterWait();
+  ptx::BarrierWait(barrier, 0);
   float total = 0.0f;
-  for (int c = 0; c < gridDim.x; ++c) total += parts[c].x * parts[c].y;
+#pragma unroll
+  for (int c = 0; c < kNormSplit; ++c) total += parts[c].x * parts[c].y;
   mean = total / static_cast<float>(a.width);
   squares = 0.0f;
-  for (int c = 0; c < gridDim.x; ++c) {
+#pragma unroll
+  for (int c = 0; c < kNormSplit; ++c) {
     const float off = parts[c].y - mean;
     squares += parts[c].z + parts[c].x * off * off;
   }
 #endif
   const float scale = 1.0f / sqrtf(squares / static_cast<float>(a.width) + a.epsilon);
-  each([&](int piece, uint4& v) {
+  each([&](int j, int piece, uint4& v) {
     uint32_t halves[8];
-    float by[8], add[8];
-    LoadEight(a.scale, a.scale_type, int64_t(piece) * 8, 1.0f, by);
-    LoadEight(a.shift, a.shift_type, int64_t(piece) * 8, 0.0f, add);
-    numbers(
-        v, [&](int i, float x) { halves[i] = ToHalf((x - mean) * scale * by[i] + add[i], kBf16); });
+    numbers(v, [&](int i, float x) {
+      halves[i] = ToHalf((x - mean) * scale * by[j][i] + add[j][i], kBf16);
+    });
     reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.y) + at)[piece] =
         make_uint4(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16,
                    halves[4] | halves[5] << 16, halves[6] | halves[7] << 16);
@@ -387,7 +394,7 @@ cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap) {
 
 cudaError_t LayerNorm(cudaStream_t stream, const Norm& a, bool overlap) {
   // Code that overlaps knows clusters too. Small CTAs find room beside a product's.
-  const int split = overlap ? kNormSplit : 1, threads = overlap ? kNormThreads : 1024;
+  const int split = overlap ? kNormSplit : 1, threads = kNormSplit * kNormThreads / split;
   if (a.width % 8 || a.width > int64_t(split) * threads * kNormKept * 8)
     return cudaErrorInvalidValue;
   const auto kernel = a.type == Type::kBF16 ? NormKernel<true> : NormKernel<false>;
