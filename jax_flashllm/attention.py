@@ -9,6 +9,7 @@ from jax import lax
 from jax_flashllm import kernel
 
 _TARGET = "flashllm_decode_attention_v1"
+DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)  # of a cache
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -30,7 +31,8 @@ def decode(
     """One new token a row: its k and v go to slot `length`, and it attends to what is there.
 
     qkv: [B, 3, h, d], q not scaled.   keys, values: [B * h, S, d], a layer's cache.
-    mask: bool [B, S], the new token's slot included.   length: int32 [].
+    mask: bool [B, S], the new token's slot included; slots behind it count as closed.
+    length: int32 [], held between 0 and S - 1.
     Returns [B, h * d] in qkv's dtype, and keys and values, the same buffers where donated.
     On CUDA one kernel does it all and reads the slots up to `length` alone.
     """
@@ -58,6 +60,9 @@ def decode_xla(qkv, keys, values, mask, length):
     """`decode` of XLA's ops, which has derivatives and can be mapped."""
     B, _, h, d = qkv.shape
     q, k, v = (qkv[:, i].reshape(B * h, 1, d) for i in range(3))
+    slot = jnp.arange(keys.shape[1])
+    length = jnp.clip(length, 0, keys.shape[1] - 1)  # as the kernel; XLA counts -1 from the end
+    mask = mask & (slot <= length)
     keys, values = put(keys, k, length), put(values, v, length)
     y = attend(q * d**-0.5, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None])
     return y.reshape(B, h * d), keys, values

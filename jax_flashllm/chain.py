@@ -57,7 +57,8 @@ class Attend:
     """One new token of each row attends to its cache, as `jax_flashllm.attention.decode`.
 
     x is [..., 3 * h * d], q, k and v side by side, and becomes [..., h * d]; B are all its tokens.
-    keys, values: [B * h, S, d].   mask: bool [B, S].   length: int32 [].
+    keys, values: [B * h, S, d] in float16, bfloat16, float32 or float8_e4m3fn.
+    mask: bool [B, S].   length: int32 [], of the cache before.
     """
 
     keys: jax.Array
@@ -67,7 +68,7 @@ class Attend:
 
     @property
     def width(self) -> int:
-        return self.keys.shape[0] // max(self.mask.shape[0], 1) * self.keys.shape[2]
+        return self.keys.shape[0] // self.mask.shape[0] * self.keys.shape[2]
 
     def __call__(
         self, x: jax.Array, decode: Callable = attention.decode
@@ -127,6 +128,8 @@ def _check(x, h, stages: tuple[Stage | Attend, ...]) -> None:
             _check_attention(op, x, s)
             x = jax.ShapeDtypeStruct((*x.shape[:-1], s.width), x.dtype)
             continue
+        if not isinstance(s, Stage):
+            raise TypeError(f"{op} must be a Stage or an Attend, got {type(s).__name__}")
         check_product(op, s.weight, x, s.bias, s.activation)
         m = s.weight.local_shape[0]
         if s.add and m != H:
@@ -143,19 +146,36 @@ def _check(x, h, stages: tuple[Stage | Attend, ...]) -> None:
 
 
 def _check_attention(op: str, x, s: Attend) -> None:
+    for name in ("keys", "values", "mask", "length"):
+        if not hasattr(a := getattr(s, name), "dtype"):
+            raise TypeError(f"{op}: {name} must be an array, got {type(a).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x is {x.dtype}; cast it to float16, bfloat16 or float32")
     B, held = math.prod(x.shape[:-1]), (s.keys, s.values)
     if any(a.ndim != 3 or a.shape != s.keys.shape or a.dtype != s.keys.dtype for a in held):
         raise ValueError(
             f"{op}: keys are {s.keys.dtype}{list(s.keys.shape)} and values "
             f"{s.values.dtype}{list(s.values.shape)}; pass both as [B * h, S, d] in one dtype"
         )
-    rows, S, d = s.keys.shape
-    if s.mask.shape != (B, S) or s.mask.dtype != bool or s.length.shape:
+    if s.keys.dtype not in attention.DTYPES:
         raise ValueError(
-            f"{op}: mask is {s.mask.dtype}{list(s.mask.shape)} and length of shape "
-            f"{list(s.length.shape)}; pass bool[{B}, {S}], for {B} tokens and {S} slots, and []"
+            f"{op}: keys and values are {s.keys.dtype}; pass them in float16, bfloat16, float32 or "
+            "float8_e4m3fn"
         )
-    if rows % max(B, 1) or x.shape[-1] != 3 * s.width:
+    rows, S, d = s.keys.shape
+    if not B * rows * S * d:
+        raise ValueError(
+            f"{op}: x is {list(x.shape)} and keys are {list(s.keys.shape)}; attention needs a "
+            "token, a head and a slot at least"
+        )
+    length = jnp.result_type(s.length)  # int32 for NumPy's int64 where JAX has none
+    if s.mask.shape != (B, S) or s.mask.dtype != bool or s.length.shape or length != np.int32:
+        raise ValueError(
+            f"{op}: mask is {s.mask.dtype}{list(s.mask.shape)} and length "
+            f"{length}{list(s.length.shape)}; pass bool[{B}, {S}], for {B} tokens and {S} slots, "
+            "and int32[]"
+        )
+    if rows % B or x.shape[-1] != 3 * s.width:
         raise ValueError(
             f"{op}: x is {list(x.shape)} but keys are {list(s.keys.shape)}; with {rows} heads of "
             f"{d} in all, q, k and v of a token are {3 * rows * d} / {B} features"

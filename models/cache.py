@@ -24,8 +24,6 @@ from jax import lax
 from jax_flashllm.attention import put
 from jax_flashllm.models.config import OPTConfig
 
-DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ class KVCache:
 
     @classmethod
     def create(cls, config: OPTConfig, batch: int, slots: int, dtype: Any) -> KVCache:
-        """An empty cache for `batch` rows of `slots` tokens, in any of `DTYPES`."""
+        """An empty cache for `batch` rows of `slots` tokens, in any of attention.py's DTYPES."""
         shape = (batch * config.num_attention_heads, slots, config.head_dim)
         layers = range(config.num_hidden_layers)
         return cls(

@@ -23,9 +23,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jax_flashllm.attention import DTYPES
 from jax_flashllm.formats.weight import check_process, room
 from jax_flashllm.models import memory
-from jax_flashllm.models.cache import DTYPES, KVCache
+from jax_flashllm.models.cache import KVCache
 from jax_flashllm.models.config import OPTConfig
 from jax_flashllm.models.mesh import Layout, model_mesh
 from jax_flashllm.models.opt import OPT

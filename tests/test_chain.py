@@ -207,11 +207,23 @@ def test_errors_of_attention():
     fails(r"stage 1: keys are float16.* and values float32", values=good.values.astype(np.float32))
     fails(r"mask is bool\[2, 12\].*pass bool\[3, 12\], for 3 tokens", mask=good.mask[:2])
     fails(r"mask is int32\[3, 12\]", mask=good.mask.astype(np.int32))
-    fails(r"length of shape \[1\]", length=good.length[None])
+    fails(r"length int32\[1\]; .* and int32\[\]", length=good.length[None])
+    fails(r"length uint8\[\]", length=jnp.uint8(7))  # the kernel's is int32
+    fails("keys and values are int8", keys=good.keys.astype(np.int8),
+          values=good.values.astype(np.int8))  # fmt: skip
+    fails(r"x is \[3, 192\] and keys are \[12, 0, 16\]; .* a slot", keys=good.keys[:, :0],
+          values=good.values[:, :0])  # fmt: skip
+    fails(r"x is \[0, 192\] and keys", x[:0], h[:0])
     fails(r"x is \[3, 192\] but keys are \[9, 12, 16\].* 432 / 3", keys=good.keys[:9],
           values=good.values[:9])  # fmt: skip
     fails(r"x is \[3, 192\] but keys are \[11, 12, 16\]", keys=good.keys[:11],
           values=good.values[:11])  # fmt: skip
+    with pytest.raises(TypeError, match="stage 1: length must be an array, got int"):
+        chain(x, h, [qkv, dataclasses.replace(good, length=7)])
+    with pytest.raises(TypeError, match="stage 0: x is int32; cast"):
+        chain(np.ones((3, 192), np.int32), np.ones((3, 64), np.int32), [good])
+    with pytest.raises(TypeError, match="stage 1 must be a Stage or an Attend, got tuple"):
+        chain(x, h, [qkv, (good.keys, good.values)])
 
 
 # ---- JAX ----

@@ -144,6 +144,20 @@ def test_one_token_attends_as_in_a_whole_pass(dtype):
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("length", "slot"), [(-1, 0), (3, 3), (5, 5), (9, 5)])
+def test_the_new_slot_is_in_the_cache_and_none_counts_behind_it(length, slot):
+    """As the CUDA kernel has it, which reads no slot behind the new one's."""
+    random = np.random.default_rng(length + 1)
+    qkv, held = (random.standard_normal(s).astype(np.float32) for s in ((1, 3, 2, 8), (2, 6, 8)))
+    everywhere = jnp.ones((1, 6), bool)
+    y, keys, _ = attention.decode(qkv, held, held, everywhere, jnp.int32(length))
+    np.testing.assert_array_equal(np.delete(keys, slot, 1), np.delete(held, slot, 1))
+    np.testing.assert_array_equal(keys[:, slot], qkv[0, 1])
+    short = held[:, : slot + 1]
+    want, *_ = attention.decode(qkv, short, short, everywhere[:, : slot + 1], jnp.int32(slot))
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+
+
 def test_an_fp8_cache_holds_its_largest_number_for_larger_ones():
     cache = KVCache.create(OPTConfig(num_hidden_layers=1), 1, 4, jnp.float8_e4m3fn)
     new = jnp.full((12, 1, 64), 1e4, jnp.float32).at[0].set(-1e4).at[1].set(jnp.nan)

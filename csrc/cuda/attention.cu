@@ -91,7 +91,7 @@ __device__ __forceinline__ float ToFloat(__nv_fp8_e4m3 v) { return static_cast<f
 
 template <typename C>
 __device__ __forceinline__ C FromFloat(float v) {
-  return C(v);  // to nearest; fp8 saturates at 448, as cache.py does
+  return C(v);  // to nearest; fp8 saturates at 448, as attention.py's put does
 }
 
 // One lane's piece of a key or value.

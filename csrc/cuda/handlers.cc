@@ -289,7 +289,7 @@ ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
   char* const xs[2] = {room, room + between};
   room += 2 * between;
   if (room > end) return Bad("chain: the workspace is too small");
-  // All is checked before anything is launched.
+  // Operands are checked before anything is launched; plans as each product is.
   struct Stage {
     Problem product;
     Plan plan;
