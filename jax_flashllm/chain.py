@@ -31,7 +31,7 @@ from jax_flashllm.spmm import FLOATS, check_product, spmm
 _TARGET = "flashllm_chain_v1"
 _FORMATS = ("bitmap", "tiled_csl")
 _ATTEND = len(_FORMATS)  # in the place of a format
-_MOST_FEATURES = 16384  # of h: a token stays in the registers of a cluster's four CTAs
+_MOST_FEATURES = 16384  # of h: a token stays in the registers of a cluster's eight CTAs
 
 
 @jax.tree_util.register_dataclass
