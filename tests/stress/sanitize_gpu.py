@@ -53,13 +53,12 @@ import jax_flashllm as jf
 from jax_flashllm import _flashllm, attention, plan
 from jax_flashllm import chain as chains
 from jax_flashllm.formats import on_gpu
-from jax_flashllm.models import cache as caches
 
 P, I64 = c.c_void_p, c.c_int64
 DTYPES = {"uint8": 6, "uint32": 8, "float16": 10, "float32": 11, "bfloat16": 16, "int64": 5,
           "bool": 1, "int32": 4, "float8_e4m3fn": 20}  # fmt: skip
 INITIALIZE, EXECUTE = 2, 3
-CACHES = [np.dtype(t) for t in caches.DTYPES]
+CACHES = [np.dtype(t) for t in attention.DTYPES]
 
 
 # ---- XLA's C interface (xla/ffi/api/c_api.h) ----
