@@ -93,9 +93,10 @@ def chain(
     One call on a CUDA device, for up to 32 tokens, where h, x and all W have one 16-bit dtype, W
     are one block each with K a multiple of 64, where to `add` H is a multiple of 8 up to 16384,
     without activation, and heads are whole pieces of 16 bytes of the cache, up to 32. Otherwise,
-    it is what the stages' `spmm`, LayerNorms and `attention.decode` give one by one. So it is for
-    derivatives, for stacked weights and for attention under vmap, and on a mesh. Results agree but
-    for rounding. For `jax.export` see `jax_flashllm.spmm`; the call is "flashllm_chain_v1".
+    with a single stage that does not fit too, it is what the stages' `spmm`, LayerNorms and
+    `attention.decode` give one by one. So it is for derivatives, for stacked weights and for
+    attention under vmap, and on a mesh (`Attend` there: not with tokens on Explicit axes). Results
+    agree but for rounding. For `jax.export` see `jax_flashllm.spmm`; the call is "flashllm_chain_v1".
 
     Raises TypeError and ValueError as `spmm`, with the stage's number, and where x, h and stages
     do not fit together.
