@@ -96,7 +96,8 @@ def chain(
     with a single stage that does not fit too, it is what the stages' `spmm`, LayerNorms and
     `attention.decode` give one by one. So it is for derivatives, for stacked weights and for
     attention under vmap, and on a mesh (`Attend` there: not with tokens on Explicit axes). Results
-    agree but for rounding. For `jax.export` see `jax_flashllm.spmm`; the call is "flashllm_chain_v1".
+    agree but for rounding. For `jax.export` see `jax_flashllm.spmm`; the call is
+    "flashllm_chain_v1".
 
     Raises TypeError and ValueError as `spmm`, with the stage's number, and where x, h and stages
     do not fit together.
