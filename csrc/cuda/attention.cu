@@ -36,19 +36,25 @@ constexpr int kMaxThreads = kSplit * kThreads, kCtas = 1;  // without clusters
 constexpr int kUnroll = 4;  // 4 KB of keys and values a warp in flight
 constexpr float kLog2E = 1.4426950408889634f;
 
+// By way of L2: the kernel before wrote them while this one ran.
+template <typename V, typename T, int kVectors>
+__device__ __forceinline__ void LoadVectors(const T* p, const int64_t (&from)[3],
+                                            V (&to)[3][kVectors]) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i)
+#pragma unroll
+    for (int e = 0; e < kVectors; ++e)
+      to[i][e] = __ldcg(reinterpret_cast<const V*>(p + from[i]) + e);
+}
+
 // kSize numbers of qkv from each of three places on, which kSize divides: loads that do not wait
-// for each other. By way of L2: the kernel before wrote them while this one ran.
+// for each other.
 template <int kSize>
 __device__ __forceinline__ void Load3(const void* p, Kind kind, const int64_t (&from)[3],
                                       float (&to)[3][kSize]) {
   if (kind == Kind::kF32) {
     float4 v[3][kSize / 4];
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-#pragma unroll
-      for (int e = 0; e < kSize / 4; ++e)
-        v[i][e] =
-            __ldcg(reinterpret_cast<const float4*>(static_cast<const float*>(p) + from[i]) + e);
+    LoadVectors(static_cast<const float*>(p), from, v);
 #pragma unroll
     for (int i = 0; i < 3; ++i)
 #pragma unroll
@@ -58,12 +64,7 @@ __device__ __forceinline__ void Load3(const void* p, Kind kind, const int64_t (&
     return;
   }
   uint2 v[3][kSize / 4];
-#pragma unroll
-  for (int i = 0; i < 3; ++i)
-#pragma unroll
-    for (int e = 0; e < kSize / 4; ++e)
-      v[i][e] =
-          __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + from[i]) + e);
+  LoadVectors(static_cast<const uint16_t*>(p), from, v);
 #pragma unroll
   for (int i = 0; i < 3; ++i)
 #pragma unroll

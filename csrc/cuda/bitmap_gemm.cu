@@ -449,41 +449,39 @@ __device__ __forceinline__ void Multiply(const Args& a, const Layout& l, Work wo
     float acc[kN8][4] = {};
     uint32_t w[4][4];
     int x_last = 0;
+    // Steps of 16 columns, the first two or the last two.
+    auto fetch = [&](auto first, uint32_t here) {
+      constexpr int s0 = decltype(first)::value;
+#pragma unroll
+      for (int s = s0; s < s0 + 2; ++s) {
+        const uint4 v = ptx::LoadShared128((here ^ s * 16) + s * 128);
+        w[s][0] = v.x, w[s][1] = v.y, w[s][2] = v.z, w[s][3] = v.w;
+      }
+    };
+    auto start = [&](auto first) {
+      constexpr int s0 = decltype(first)::value;
+      ptx::WgmmaFence();
+#pragma unroll
+      for (int s = s0; s < s0 + 2; ++s)
+#pragma unroll
+        for (int h = 0; h < kN8 / 16; ++h)
+          ptx::Wgmma<kBf16>(reinterpret_cast<float (&)[16][4]>(acc[h * 16]), w[s],
+                            x + x_slot.at * (kXStageBytes >> 4) + 2 * s + h * 1024);
+      ptx::WgmmaCommit();
+    };
     for (int i = 0; i < blocks * kBlockTiles; ++i) {
       ptx::BarrierWait(l.barriers + kWFullAt + w_slot.at * 8, w_slot.parity);
       const uint32_t here = from + w_slot.at * kWStageBytes;
       ptx::WgmmaWaitAllBut<1>();
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const uint4 v = ptx::LoadShared128((here ^ s * 16) + s * 128);
-        w[s][0] = v.x, w[s][1] = v.y, w[s][2] = v.z, w[s][3] = v.w;
-      }
+      fetch(Constant<0>(), here);
       ptx::BarrierWait(l.barriers + kXFullAt + x_slot.at * 8, x_slot.parity);
-      ptx::WgmmaFence();
-#pragma unroll
-      for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int h = 0; h < kN8 / 16; ++h)
-          ptx::Wgmma<kBf16>(reinterpret_cast<float (&)[16][4]>(acc[h * 16]), w[s],
-                            x + x_slot.at * (kXStageBytes >> 4) + 2 * s + h * 1024);
-      ptx::WgmmaCommit();
+      start(Constant<0>());
       ptx::WgmmaWaitAllBut<1>();
       if (i && lane < kCluster) ptx::BarrierArriveAt(l.barriers + kXEmptyAt + x_last * 8, lane);
-#pragma unroll
-      for (int s = 2; s < 4; ++s) {
-        const uint4 v = ptx::LoadShared128((here ^ s * 16) + s * 128);
-        w[s][0] = v.x, w[s][1] = v.y, w[s][2] = v.z, w[s][3] = v.w;
-      }
+      fetch(Constant<2>(), here);
       __syncwarp();
       if (Frees(lane)) ptx::BarrierArrive(l.barriers + kWEmptyAt + w_slot.at * 8);
-      ptx::WgmmaFence();
-#pragma unroll
-      for (int s = 2; s < 4; ++s)
-#pragma unroll
-        for (int h = 0; h < kN8 / 16; ++h)
-          ptx::Wgmma<kBf16>(reinterpret_cast<float (&)[16][4]>(acc[h * 16]), w[s],
-                            x + x_slot.at * (kXStageBytes >> 4) + 2 * s + h * 1024);
-      ptx::WgmmaCommit();
+      start(Constant<2>());
       x_last = x_slot.at;
       w_slot.Next(), x_slot.Next();
     }
