@@ -7,11 +7,13 @@
 // With wgmma (Plan::wide) x is always laid out first, but for bitmap_gemm.cu where K % 8 is 0; that
 // kernel adds shared strips up itself.
 //
-// A chain is products in a row, with a residual in the epilogue of some, and a LayerNorm behind:
+// A chain is products in a row, with a residual in the epilogue of some and a LayerNorm behind,
+// and attention (attention.cu) between some:
 //
-//   x ---> product ---> product, h += ... ---> LayerNorm ---> product ---> y
+//   x ---> product ---> attention ---> product, h += ... ---> LayerNorm ---> product ---> y
 //
-// Each kernel starts before the last one ends: a main loop reads W until x is there.
+// Each kernel starts before the last one ends: a main loop reads W until x is there, attention its
+// cache until q, k and v are.
 //
 // Work is cut into strips (16 rows a warp of a bitmap, 64 a team of two of Tiled-CSL) and units (a
 // strip over 256 columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous units
