@@ -11,10 +11,11 @@
 //     0                   behind a filler: a weight right there; else no weight
 //     any other           a weight so many columns further
 //
-// Fillers before a lane's first weight and behind its last have code 0. All lists of an item are
-// filled up with code 0 to as many groups of four entries as the longest needs, ceil(T / 128).
-// Entries without a weight are dead: they hold +0. The order of a list's entries is free, as long
-// as the codes say where they are; `encode` writes them by rising column.
+// Fillers before a lane's first weight and behind its last have code 0, and a lane without weights
+// base 0. All lists of an item are filled up with code 0 to as many groups of four entries as the
+// longest needs, ceil(T / 128). Entries without a weight are dead: they hold +0. The order of a
+// list's entries is free, as long as the codes say where they are, and no entry leads outside of
+// [-1, the block's columns); `encode` writes them by rising column.
 //
 //   item     block * rows + row
 //   values   half   [capacity]        a group: [32 lanes][4 entries]
@@ -55,7 +56,16 @@ inline constexpr int Filler(int bits) { return bits == 8 ? 127 : 15; }
 // Words of a group's codes.
 inline constexpr int GroupWords(int bits) { return kGroupValues * bits / 32; }
 
+// Before a weight `gap` columns behind the one before.
+inline constexpr int Fillers(int gap, int bits) { return gap / Filler(bits); }
+
 inline constexpr int64_t Groups(int64_t entries) { return CeilDiv(entries, kGroupValues); }
+
+// A shard's bits of a code, of the groups that it has with 8 and with 4.
+inline constexpr int Bits(int64_t groups8, int64_t groups4) {
+  constexpr int kHalves = 2 * kGroupValues;
+  return groups4 * (kHalves + 4 * GroupWords(4)) < groups8 * (kHalves + 4 * GroupWords(8)) ? 4 : 8;
+}
 
 // Of an item with `entries` entries: where lane `lane` starts, and the lane that has entry `i`.
 inline constexpr int64_t LaneStart(int lane, int64_t entries) { return lane * entries / kLanes; }
