@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bitmap.h"
+#include "delta_csr.h"
 #include "tiled_csl.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -44,6 +45,13 @@ inline ffi::Error CheckBitmap(const Shards& s, int64_t k, size_t masks, size_t o
   if (static_cast<int64_t>(masks) != s.count * d.masks() ||
       static_cast<int64_t>(offsets) != s.count * d.offsets())
     return Bad("bitmap masks or offsets do not fit the shape");
+  return ffi::Error::Success();
+}
+
+inline ffi::Error CheckDeltaCsr(const Shards& s, int64_t k, size_t index, size_t offsets) {
+  const delta_csr::Dims d(s.rows, k);
+  if (index % s.count || static_cast<int64_t>(offsets) != s.count * d.offsets())
+    return Bad("Delta-CSR index or offsets do not fit the shape");
   return ffi::Error::Success();
 }
 
