@@ -56,7 +56,7 @@ __attribute__((visibility("default"))) int flashllm_count(void* stream, int form
   uint32_t* o = static_cast<uint32_t*>(offsets);
   if (static_cast<Format>(format) == Format::kBitmap)
     return CountBitmap(s, d, 1, static_cast<uint32_t*>(index), o);
-  return CountTiledCsl(s, d, 1, o);
+  return CountDeltaCsr(s, d, 1, o);
 }
 
 __attribute__((visibility("default"))) int flashllm_fill(void* stream, int format,
@@ -72,7 +72,7 @@ __attribute__((visibility("default"))) int flashllm_fill(void* stream, int forma
   const auto s = static_cast<cudaStream_t>(stream);
   uint16_t* v = static_cast<uint16_t*>(values);
   if (p.format == Format::kBitmap) return Sample(s, p, Whole(dense, m, k), v);
-  return FillTiledCsl(s, p, Whole(dense, m, k), static_cast<uint32_t*>(index), v);
+  return FillDeltaCsr(s, p, Whole(dense, m, k), static_cast<uint32_t*>(index), v);
 }
 
 __attribute__((visibility("default"))) int flashllm_decode(void* stream, int format,
@@ -89,7 +89,7 @@ __attribute__((visibility("default"))) int flashllm_decode(void* stream, int for
   return Decode(static_cast<cudaStream_t>(stream), p, Whole(dense, m, k));
 }
 
-// types: 0 fp16, 1 bf16, 2 fp32; format: 0 bitmap, 1 Tiled-CSL.
+// types: 0 fp16, 1 bf16, 2 fp32; format: 0 bitmap, 1 Delta-CSR.
 __attribute__((visibility("default"))) int flashllm_spmm(
     void* stream, int format, const void* index, const void* offsets, const void* values,
     int weight, int64_t m, int64_t k, int64_t capacity, int64_t index_capacity, const void* x,

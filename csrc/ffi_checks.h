@@ -50,8 +50,11 @@ inline ffi::Error CheckBitmap(const Shards& s, int64_t k, size_t masks, size_t o
 
 inline ffi::Error CheckDeltaCsr(const Shards& s, int64_t k, size_t index, size_t offsets) {
   const delta_csr::Dims d(s.rows, k);
-  if (index % s.count || static_cast<int64_t>(offsets) != s.count * d.offsets())
+  if (index % s.count || static_cast<int64_t>(offsets) != s.count * d.offsets() ||
+      static_cast<int64_t>(index) / s.count < delta_csr::IndexStart(d.items, 0, 8))
     return Bad("Delta-CSR index or offsets do not fit the shape");
+  if (s.capacity % delta_csr::kGroupValues)
+    return Bad("Delta-CSR values must have room for whole groups");
   return ffi::Error::Success();
 }
 

@@ -1,21 +1,23 @@
 // W as a dense matrix, and a dense matrix sampled at W's nonzeros: the gradient of values, and the
 // second half of encoding a bitmap.
 #include "../bitmap.h"
-#include "../tiled_csl.h"
+#include "../delta_csr.h"
+#include "delta_csr_item.cuh"
 #include "dense.cuh"
 #include "ptx.cuh"
-#include "tiled_csl_block.cuh"
 
 namespace flashllm::cuda {
 namespace {
+
+// ---- bitmap ----
 
 constexpr int kThreads = 256;
 
 struct Matrix {
   const uint32_t* index;
   const uint32_t* offsets;
-  int64_t capacity, index_capacity;  // of a shard, in elements
-  int bands, tiles, blocks;          // of a shard; blocks a band
+  int64_t capacity;          // of a shard, in elements
+  int bands, tiles, blocks;  // of a shard; blocks a band
   int64_t shard_offsets, blocks_total;
 };
 
@@ -118,42 +120,97 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t p = at + lane; p < extent.end; p += 32) values[p] = 0;
 }
 
-// One CTA a block of 64 x 128. Sampling finds `values` zeroed and leaves dead entries alone.
-template <bool kDecode>
-__global__ void __launch_bounds__(kThreads)
-    TiledCslConvert(Matrix w, Dense dense, uint16_t* values) {
-  using namespace tiled_csl;
-  __shared__ uint16_t scratch[kBlockWeights];
-  const int64_t band = blockIdx.x / w.blocks, shard = band / w.bands;
-  const Patch patch = PatchAt(dense, shard, band % w.bands * kBlockRows,
-                              int64_t(blockIdx.x % w.blocks) * kBlockCols);
-  const uint4 offsets = LoadOffsets(w.offsets + shard * w.shard_offsets +
-                                    (band % w.bands * w.blocks + blockIdx.x % w.blocks) * 2);
-  const CslBlock b = LocateBlock(w.index, offsets, w.index_capacity / 4, w.capacity / 8, shard);
-  const auto at = [&](int half) {  // in the dense matrix, null outside of it
-    const int row = HalfRow(half), col = HalfCol(half);
-    return row < patch.rows && col < patch.cols ? patch.data + row * patch.stride + col : nullptr;
-  };
-  if (kDecode) {
-    for (int i = threadIdx.x; i < kBlockWeights; i += kThreads) scratch[i] = 0;
-    __syncthreads();
-    ForEachWeight<kThreads>(
-        b, [&](int position, int64_t i) { scratch[position - kLists] = values[b.value + i]; });
-    __syncthreads();
-    for (int i = threadIdx.x; i < kBlockWeights; i += kThreads)
-      if (uint16_t* to = at(i)) *to = scratch[i];
-  } else {
-    ForEachWeight<kThreads>(b, [&](int position, int64_t i) {
-      if (const uint16_t* from = at(position - kLists)) values[b.value + i] = *from;
-    });
+// ---- Delta-CSR ----
+
+struct Items {
+  const uint32_t* index;
+  const uint32_t* offsets;
+  int64_t capacity, index_capacity;  // of a shard, in elements
+  int64_t rows, items, total;        // of a shard; items of all shards
+  int block_cols;
+};
+
+// A group's four codes of a lane, a byte each.
+__device__ inline uint32_t LoadCodes(const uint32_t* group, int bits, int lane) {
+  if (bits == 8) return __ldg(group + lane);
+  uint32_t v = __ldg(reinterpret_cast<const uint16_t*>(group) + lane);
+  v = (v | v << 8) & 0x00ff00ff;
+  return (v | v << 4) & 0x0f0f0f0f;
+}
+
+// One warp an item, whose row lies in shared memory: a lane walks its list.
+constexpr int kRowThreads = 64;
+
+template <bool kDecode, bool kAligned>
+__global__ void __launch_bounds__(kRowThreads)
+    DeltaCsrConvert(Items w, Dense dense, uint16_t* values) {
+  using namespace delta_csr;
+  using V = Vector<kAligned, uint4>;
+  extern __shared__ __align__(16) uint16_t shared[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t at = int64_t(blockIdx.x) * (kRowThreads / 32) + warp;
+  if (at >= w.total) return;
+  const int64_t shard = at / w.items, item = at % w.items, block = item / w.rows;
+  Patch patch = PatchAt(dense, shard, item % w.rows, block * w.block_cols);
+  patch.cols = min(patch.cols, w.block_cols);
+  const uint32_t* offsets = w.offsets + shard * (w.items + 2);
+  const uint32_t* index = w.index + shard * w.index_capacity;
+  values += shard * w.capacity;
+  if (!kDecode) {  // what lies behind a shard's last item
+    const int64_t used = int64_t(__ldg(offsets + w.items)) * kGroupValues;
+    for (int64_t i = used + item * 32 + lane; i < w.capacity; i += w.items * 32) values[i] = 0;
+  }
+  const int bits = LoadBits(offsets, w.items);
+  const DeltaItem from =
+      LocateItem(offsets, item, bits, w.block_cols, w.capacity, w.index_capacity);
+
+  uint16_t* row = shared + warp * w.block_cols;
+  for (int col = lane * 8; col < w.block_cols; col += 256) {
+    uint32_t words[4] = {};
+    if (!kDecode) LoadRow<V>(patch, 0, col, words);
+    *reinterpret_cast<uint4*>(row + col) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+  __syncwarp();
+  index += from.word, values += from.value;
+  int col = 0;
+  if (from.groups > 0) col = __ldg(reinterpret_cast<const uint16_t*>(index) + lane) - 1;
+  index += kBaseWords;
+  bool behind_filler = false;
+#pragma unroll 4
+  for (int g = 0; g < from.groups; ++g) {
+    const uint32_t codes = LoadCodes(index + g * GroupWords(bits), bits, lane);
+    uint2* group = reinterpret_cast<uint2*>(values + g * kGroupValues) + lane;
+    uint2 pairs = {};
+    if (kDecode) pairs = __ldg(group);
+#pragma unroll
+    for (int e = 0; e < kSteps; ++e) {
+      const int code = static_cast<int8_t>(codes >> (8 * e));
+      const bool filler = code == Filler(bits), live = !filler && (code != 0 || behind_filler);
+      uint32_t& pair = e / 2 ? pairs.y : pairs.x;
+      behind_filler = filler, col += code;
+      if (live && static_cast<unsigned>(col) < static_cast<unsigned>(w.block_cols)) {
+        if (kDecode)
+          row[col] = static_cast<uint16_t>(pair >> (16 * (e % 2)));
+        else
+          pair |= uint32_t(row[col]) << (16 * (e % 2));
+      }
+    }
+    if (!kDecode) *group = pairs;
+  }
+  if (!kDecode) return;
+  __syncwarp();
+  for (int c = lane * 8; c < w.block_cols; c += 256) {
+    const uint4 v = *reinterpret_cast<const uint4*>(row + c);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    StoreRow<V>(patch, 0, c, words);
   }
 }
 
 template <bool kDecode>
 cudaError_t Convert(cudaStream_t stream, const Problem& p, const Dense& dense, uint16_t* values) {
-  Matrix w = {p.index, p.offsets, p.capacity, p.index_capacity};
   if (p.format == Format::kBitmap) {
     const bitmap::Dims d(p.rows, p.k);
+    Matrix w = {p.index, p.offsets, p.capacity};
     w.bands = d.bands, w.tiles = d.tiles, w.blocks = d.blocks;
     w.shard_offsets = d.offsets();
     w.blocks_total = p.shards * d.bands * d.blocks;
@@ -162,14 +219,14 @@ cudaError_t Convert(cudaStream_t stream, const Problem& p, const Dense& dense, u
         IsAligned(dense, 8) ? BitmapConvert<kDecode, true> : BitmapConvert<kDecode, false>;
     return Launch(stream, kernel, dim3(grid), kThreads, 0, false, w, p.shards, dense, values);
   }
-  if (!kDecode)
-    if (cudaError_t e = cudaMemsetAsync(values, 0, p.shards * p.capacity * 2, stream)) return e;
-  const tiled_csl::Dims d(p.rows, p.k);
-  w.bands = d.bands, w.blocks = d.blocks;
-  w.shard_offsets = d.offsets();
-  w.blocks_total = p.shards * d.bands * d.blocks;
-  return Launch(stream, TiledCslConvert<kDecode>, dim3(static_cast<unsigned>(w.blocks_total)),
-                kThreads, 0, false, w, dense, values);
+  const delta_csr::Dims d(p.rows, p.k);
+  const Items w = {p.index, p.offsets, p.capacity,         p.index_capacity,
+                   d.rows,  d.items,   p.shards * d.items, static_cast<int>(d.block_cols)};
+  const unsigned grid = CeilDiv(w.total, kRowThreads / 32);
+  const size_t shared = kRowThreads / 32 * 2 * d.block_cols;  // up to 48 KB
+  const auto kernel =
+      IsAligned(dense, 8) ? DeltaCsrConvert<kDecode, true> : DeltaCsrConvert<kDecode, false>;
+  return Launch(stream, kernel, dim3(grid), kRowThreads, shared, false, w, dense, values);
 }
 
 }  // namespace

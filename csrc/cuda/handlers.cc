@@ -83,7 +83,7 @@ ffi::Error SetWeight(Format format, const Words& index, const Words& offsets, co
   p->index_capacity = static_cast<int64_t>(index.element_count()) / shards->count;
   p->weight = TypeOf(values.element_type());
   p->values = static_cast<const uint16_t*>(values.untyped_data());
-  const auto check = format == Format::kBitmap ? CheckBitmap : CheckTiledCsl;
+  const auto check = format == Format::kBitmap ? CheckBitmap : CheckDeltaCsr;
   return check(*shards, k, index.element_count(), offsets.element_count());
 }
 
@@ -410,15 +410,14 @@ ffi::Error CountBitmapHandler(cudaStream_t stream, AnyBuffer dense, WordsResult 
                "encode");
 }
 
-ffi::Error CountTiledCslHandler(cudaStream_t stream, AnyBuffer dense, WordsResult offsets,
+ffi::Error CountDeltaCsrHandler(cudaStream_t stream, AnyBuffer dense, WordsResult offsets,
                                 int64_t row_blocks, int64_t column_blocks) {
   auto b = BlocksOf(dense, row_blocks, column_blocks);
   if (b.has_error()) return b.error();
-  if (auto e = CheckTiledCsl({b->shards, b->dense.shard_rows, 0}, b->dense.shard_cols, 0,
-                             offsets->element_count());
-      e.failure())
-    return e;
-  return Check(CountTiledCsl(stream, b->dense, b->shards, offsets->typed_data()), "encode");
+  const delta_csr::Dims d(b->dense.shard_rows, b->dense.shard_cols);
+  if (static_cast<int64_t>(offsets->element_count()) != b->shards * d.offsets())
+    return Bad("encode: offsets do not fit the shape");
+  return Check(CountDeltaCsr(stream, b->dense, b->shards, offsets->typed_data()), "encode");
 }
 
 ffi::Error FillBitmapHandler(cudaStream_t stream, Words masks, Words offsets, AnyBuffer dense,
@@ -432,15 +431,15 @@ ffi::Error FillBitmapHandler(cudaStream_t stream, Words masks, Words offsets, An
                "encode");
 }
 
-ffi::Error FillTiledCslHandler(cudaStream_t stream, Words offsets, AnyBuffer dense,
+ffi::Error FillDeltaCsrHandler(cudaStream_t stream, Words offsets, AnyBuffer dense,
                                WordsResult index, ffi::Result<AnyBuffer> values, int64_t row_blocks,
                                int64_t column_blocks) {
   auto b = BlocksOf(dense, row_blocks, column_blocks);
   if (b.has_error()) return b.error();
   Problem p = {};
-  if (auto e = SetResult(Format::kTiledCsl, *index, offsets, *values, *b, &p); e.failure())
+  if (auto e = SetResult(Format::kDeltaCsr, *index, offsets, *values, *b, &p); e.failure())
     return e;
-  return Check(FillTiledCsl(stream, p, b->dense, index->typed_data(),
+  return Check(FillDeltaCsr(stream, p, b->dense, index->typed_data(),
                             static_cast<uint16_t*>(values->untyped_data())),
                "encode");
 }
@@ -540,16 +539,16 @@ XLA_FFI_DEFINE_HANDLER(kAttention, AttentionHandler,
                            .Ret<AnyBuffer>(),
                        {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kDecodeBitmap, DecodeHandler<Format::kBitmap>, BindUnary(), {kCapturable});
-XLA_FFI_DEFINE_HANDLER(kDecodeTiledCsl, DecodeHandler<Format::kTiledCsl>, BindUnary(),
+XLA_FFI_DEFINE_HANDLER(kDecodeDeltaCsr, DecodeHandler<Format::kDeltaCsr>, BindUnary(),
                        {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kSampleBitmap, SampleHandler<Format::kBitmap>, BindUnary(), {kCapturable});
-XLA_FFI_DEFINE_HANDLER(kSampleTiledCsl, SampleHandler<Format::kTiledCsl>, BindUnary(),
+XLA_FFI_DEFINE_HANDLER(kSampleDeltaCsr, SampleHandler<Format::kDeltaCsr>, BindUnary(),
                        {kCapturable});
 XLA_FFI_DEFINE_HANDLER(
     kCountBitmap, CountBitmapHandler,
     WithBlocks(ffi::Ffi::Bind().Ctx<Stream>().Arg<AnyBuffer>().Ret<Words>().Ret<Words>()),
     {kCapturable});
-XLA_FFI_DEFINE_HANDLER(kCountTiledCsl, CountTiledCslHandler,
+XLA_FFI_DEFINE_HANDLER(kCountDeltaCsr, CountDeltaCsrHandler,
                        WithBlocks(ffi::Ffi::Bind().Ctx<Stream>().Arg<AnyBuffer>().Ret<Words>()),
                        {kCapturable});
 XLA_FFI_DEFINE_HANDLER(
@@ -558,7 +557,7 @@ XLA_FFI_DEFINE_HANDLER(
         ffi::Ffi::Bind().Ctx<Stream>().Arg<Words>().Arg<Words>().Arg<AnyBuffer>().Ret<AnyBuffer>()),
     {kCapturable});
 XLA_FFI_DEFINE_HANDLER(
-    kFillTiledCsl, FillTiledCslHandler,
+    kFillDeltaCsr, FillDeltaCsrHandler,
     WithBlocks(
         ffi::Ffi::Bind().Ctx<Stream>().Arg<Words>().Arg<AnyBuffer>().Ret<Words>().Ret<AnyBuffer>()),
     {kCapturable});
@@ -571,13 +570,13 @@ std::vector<Target> Targets() {
       {"flashllm_spmm_tiled_csl_v1", kInitialize, kSpmmTiledCsl},
       {"flashllm_chain_v1", kInitialize, kChain},
       {"flashllm_decode_bitmap_v1", kInitialize, kDecodeBitmap},
-      {"flashllm_decode_tiled_csl_v1", kInitialize, kDecodeTiledCsl},
+      {"flashllm_decode_delta_csr_v1", kInitialize, kDecodeDeltaCsr},
       {"flashllm_sample_bitmap_v1", kInitialize, kSampleBitmap},
-      {"flashllm_sample_tiled_csl_v1", kInitialize, kSampleTiledCsl},
+      {"flashllm_sample_delta_csr_v1", kInitialize, kSampleDeltaCsr},
       {"flashllm_count_bitmap_v1", kInitialize, kCountBitmap},
-      {"flashllm_count_tiled_csl_v1", kInitialize, kCountTiledCsl},
+      {"flashllm_count_delta_csr_v1", kInitialize, kCountDeltaCsr},
       {"flashllm_fill_bitmap_v1", kInitialize, kFillBitmap},
-      {"flashllm_fill_tiled_csl_v1", kInitialize, kFillTiledCsl},
+      {"flashllm_fill_delta_csr_v1", kInitialize, kFillDeltaCsr},
       {"flashllm_decode_attention_v1", kInitialize, kAttention},
   };
 }

@@ -28,7 +28,7 @@
 namespace flashllm::cuda {
 
 enum class Type : int { kF16, kBF16, kF32 };
-enum class Format : int { kBitmap, kTiledCsl };
+enum class Format : int { kBitmap, kDeltaCsr, kTiledCsl = kDeltaCsr };
 
 struct Problem {
   Format format;
@@ -165,14 +165,14 @@ struct Dense {
 };
 
 // W to dense, and dense to values of W's nonzeros. An encoder counts first, then fills: a bitmap
-// with Sample, Tiled-CSL's values and index with FillTiledCsl.
+// with Sample, Delta-CSR's values and index with FillDeltaCsr.
 cudaError_t Decode(cudaStream_t stream, const Problem& p, const Dense& to);
 cudaError_t Sample(cudaStream_t stream, const Problem& p, const Dense& from, uint16_t* values);
 cudaError_t CountBitmap(cudaStream_t stream, const Dense& from, int64_t shards, uint32_t* masks,
                         uint32_t* offsets);
-cudaError_t CountTiledCsl(cudaStream_t stream, const Dense& from, int64_t shards,
+cudaError_t CountDeltaCsr(cudaStream_t stream, const Dense& from, int64_t shards,
                           uint32_t* offsets);
-cudaError_t FillTiledCsl(cudaStream_t stream, const Problem& p, const Dense& from, uint32_t* index,
+cudaError_t FillDeltaCsr(cudaStream_t stream, const Problem& p, const Dense& from, uint32_t* index,
                          uint16_t* values);
 
 // Once a device, outside any capture: loads the kernels and raises their shared memory.
