@@ -23,6 +23,7 @@ and launches on torch's current stream what a CUDA graph can hold: no synchronis
 
 import argparse
 import csv
+import functools
 import importlib.util
 import itertools
 import math
@@ -53,6 +54,7 @@ def load_plugin(path: str) -> ModuleType:
     return plugin
 
 
+@functools.cache
 def environment(commit: str | None = None) -> dict[str, str]:
     """What a result depends on besides the code; versions of what is imported by now."""
     model = "unknown CPU"
@@ -92,7 +94,8 @@ DENSE = ("XLA", "torch f32", "torch bf16", "cuBLAS")  # how names of dense produ
 
 
 def summarise(rows: list[dict]) -> None:
-    """One line a case: the best of ours, the best dense product, their ratio, all others."""
+    """One line a case: the best of ours, the best dense product, their ratio, all others of ours
+    and of other libraries."""
     print(f"{'M x K':>12} {'N':>5} {'sparse':>6} | {'ours ms':>8} {'dense ms':>9} | {'ratio':>6}")
     key = lambda r: (r["M"], r["K"], r["sparsity"], r["N"])  # noqa: E731
     for (m, k, sparsity, n), group in itertools.groupby(sorted(rows, key=key), key):
@@ -101,7 +104,7 @@ def summarise(rows: list[dict]) -> None:
             continue  # they were wrong
         ours = min((name for name in t if name.startswith("ours")), key=t.__getitem__)
         dense = min((name for name in t if name.startswith(DENSE)), key=t.__getitem__)
-        rest = [f"{n} {v:.3f}" for n, v in t.items() if not n.startswith((*DENSE, "ours"))]
+        rest = [f"{k} {v:.4f}" for k, v in t.items() if k != ours and not k.startswith(DENSE)]
         print(f"{m:>6}x{k:<5} {n:>5} {sparsity:>6.0%} | {t[ours]:>8.4f} {t[dense]:>9.4f} | "
               f"{t[dense] / t[ours]:>5.2f}x  {ours}, {dense}; {', '.join(rest)}")  # fmt: skip
 
@@ -134,7 +137,7 @@ def main() -> None:
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="see above")
     gpu = parser.add_argument_group("on a GPU")
     gpu.add_argument("--library", help="libflashllm_cuda_api.so")
-    gpu.add_argument("--formats", nargs="+", default=["bitmap", "tiled_csl"])
+    gpu.add_argument("--formats", nargs="+", default=["bitmap", "delta_csr"])
     gpu.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     gpu.add_argument("--xla", action="store_true", help="also both products inside XLA: compiles")
     gpu.add_argument("--budget", type=float, default=math.inf, help="begin no shape later, seconds")

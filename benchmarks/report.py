@@ -4,8 +4,9 @@
     python benchmarks/report.py FILE.csv --plot out.png --shapes 28672x7168 4096x4096
     python benchmarks/report.py benchmarks/results/h100_decode_2026-11-22.csv
 
-Products: geometric means over the shapes of OPT-30B, 66B and 175B, in brackets what is wanted, then
-every shape. Ours is what `format="auto"` takes: the bitmap. Decoding: a line a model and batch.
+Products: geometric means over the shapes of OPT-30B, 66B and 175B, of each format and of the faster
+of them, in brackets what is wanted; then the formats side by side; then every shape, by the faster
+format, "d" where that is Delta-CSR. Decoding: a line a model, format and batch.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Iterable
 import shapes
 
 MEAN = ("OPT-30B", "OPT-66B", "OPT-175B")
-OURS = "ours bitmap"
+BITMAP, DELTA, FASTER = "ours bitmap", "ours delta_csr", "ours, the faster format"
 # cuBLAS / ours that is wanted, by sparsity and N, and the fraction of R for N up to 16.
 FEW = (1, 8, 16)
 WANTED = {
@@ -54,11 +55,25 @@ def read(paths: Iterable[str]) -> list[dict]:
     return list(rows.values())
 
 
+def faster(rows: Iterable[dict]) -> list[dict]:
+    """Of each case the row of the faster format."""
+    best: dict[tuple, dict] = {}
+    for r in rows:
+        case = r["M"], r["K"], r["N"], r["sparsity"], r["dtype"]
+        if r["kernel"] in (BITMAP, DELTA):
+            best[case] = min(best.get(case, r), r, key=lambda r: r["median_ms"])
+    return list(best.values())
+
+
 def means(rows: list[dict]) -> None:
     """cuBLAS / ours, a line a sparsity and a column an N; then the share of R; then who loses."""
     wanted = {s for model in MEAN for s in shapes.MODELS[model].values()}
-    for kernel in dict.fromkeys(r["kernel"] for r in rows if r["kernel"].startswith("ours ")):
-        ours = [r for r in rows if r["kernel"] == kernel and "vs_cublas" in r]
+    rows = [r for r in rows if "vs_cublas" in r]
+    kernels = dict.fromkeys(r["kernel"] for r in rows if r["kernel"].startswith("ours "))
+    parts = {kernel: [r for r in rows if r["kernel"] == kernel] for kernel in kernels}
+    if BITMAP in parts and DELTA in parts:
+        parts = {FASTER: faster(rows), **parts}
+    for kernel, ours in parts.items():
         counted = [r for r in ours if (r["M"], r["K"]) in wanted]
         tokens = sorted({r["N"] for r in counted})
         if not counted:
@@ -75,12 +90,12 @@ def means(rows: list[dict]) -> None:
                 if not case:
                     cells.append("")
                     continue
-                faster = statistics.geometric_mean(r["vs_cublas"] for r in case)
+                speedup = statistics.geometric_mean(r["vs_cublas"] for r in case)
                 of_roof = statistics.geometric_mean(r["roof_ms"] / r["median_ms"] for r in case)
                 wanted_here = WANTED.get(sparsity, {}).get(n, 0.97 if n >= 256 else None)
                 of_r = WANTED_OF_R.get(sparsity) if n in FEW else None
                 cells.append(
-                    (f"{faster:.2f}" if faster >= 1 else f"**{faster:.2f}**")
+                    _below(speedup, 1)
                     + (f" ({wanted_here})" if wanted_here else "")
                     + f"; {of_roof:.2f}" + (f" ({of_r})" if of_r else "")
                 )  # fmt: skip
@@ -95,9 +110,38 @@ def means(rows: list[dict]) -> None:
             print(f"  N = {n}: {len(here)}; {worst}")
 
 
+def side_by_side(rows: list[dict]) -> None:
+    """The bitmap's time over Delta-CSR's, a line a sparsity and a column an N: the geometric mean
+    over the shapes of OPT-30B, 66B and 175B, then the least and the most of all large shapes."""
+    times = {(r["M"], r["K"], r["N"], r["sparsity"], r["kernel"]): r["median_ms"] for r in rows}
+    ratios = {
+        (m, k, n, s): times[m, k, n, s, BITMAP] / ms
+        for (m, k, n, s, kernel), ms in times.items()
+        if kernel == DELTA and (m, k, n, s, BITMAP) in times and m * k >= LEAST
+    }
+    if not ratios:
+        return
+    wanted = {s for model in MEAN for s in shapes.MODELS[model].values()}
+    tokens = sorted({n for _, _, n, _ in ratios})
+    print("\n| bitmap / Delta-CSR | " + " | ".join(f"N = {n}" for n in tokens) + " |")
+    print("|---" * (len(tokens) + 1) + "|")
+    for sparsity in sorted({s for *_, s in ratios}):
+        cells = []
+        for n in tokens:
+            here = {(m, k): v for (m, k, *of), v in ratios.items() if of == [n, sparsity]}
+            mean = statistics.geometric_mean([v for s, v in here.items() if s in wanted] or [1])
+            low, high = min(here.values(), default=1), max(here.values(), default=1)
+            cells.append(f"{_below(mean, 1)}; {low:.2f} to {high:.2f}" if here else "")
+        print(f"| {sparsity:.0%} | " + " | ".join(cells) + " |")
+
+
+def _below(value: float, limit: float) -> str:
+    return f"**{value:.2f}**" if value < limit else f"{value:.2f}"
+
+
 def every_shape(rows: list[dict]) -> None:
     """A line a shape: cuBLAS / ours by sparsity and N; a table up to 64 tokens, one for more."""
-    ours = [r for r in rows if r["kernel"] == OURS]
+    ours = faster(rows)
     for part in ([r for r in ours if r["N"] <= 64], [r for r in ours if r["N"] > 64]):
         if not part:
             continue
@@ -106,16 +150,17 @@ def every_shape(rows: list[dict]) -> None:
         print(f"\n| cuBLAS / ours, N = {', '.join(map(str, tokens))} | "
               + " | ".join(f"{s:.0%}" for s in kept) + " |")  # fmt: skip
         print("|---" * (len(kept) + 1) + "|")
-        found = {(r["M"], r["K"], r["sparsity"], r["N"]): r["vs_cublas"] for r in part}
+        found = {(r["M"], r["K"], r["sparsity"], r["N"]): r for r in part}
         for m, k in sorted({(r["M"], r["K"]) for r in part}, key=lambda s: (s[0] * s[1], s)):
-            cells = [
-                " ".join(
-                    "-" if v is None else f"**{v:.2f}**" if v < 1 else f"{v:.2f}"
-                    for v in (found.get((m, k, s, n)) for n in tokens)
-                )
-                for s in kept
-            ]
+            cells = [" ".join(cell(found.get((m, k, s, n))) for n in tokens) for s in kept]
             print(f"| {m}x{k} | " + " | ".join(cells) + " |")
+
+
+def cell(row: dict | None) -> str:
+    """cuBLAS / ours, bold where ours is slower, and "d" where it is Delta-CSR."""
+    if row is None:
+        return "-"
+    return _below(row["vs_cublas"], 1) + "d" * (row["kernel"] == DELTA)
 
 
 def decoding(paths: Iterable[str]) -> None:
@@ -124,8 +169,9 @@ def decoding(paths: Iterable[str]) -> None:
     for path in paths:
         with open(path) as f:
             for r in csv.DictReader(f):
-                what = ("device", "config", "sparsity", "batch", "context", "dtype", "cache_dtype",
-                        "choice")  # fmt: skip
+                r.setdefault("format", "bitmap")  # files of before there was a choice
+                what = ("device", "config", "sparsity", "format", "batch", "context", "dtype",
+                        "cache_dtype", "choice")  # fmt: skip
                 rows[tuple(r[name] for name in what)] = r
     for device in dict.fromkeys(r["device"] for r in rows.values()):
         decoding_on(device, [r for r in rows.values() if r["device"] == device])
@@ -138,12 +184,21 @@ def decoding_on(device: str, rows: list[dict[str, str]]) -> None:
     order = {name: i for i, (name, _) in enumerate(WANTED_STEP)}
     kept = sorted(
         rows,
-        key=lambda r: (order.get(r["config"], 9), r["sparsity"], r["choice"], int(r["batch"])),
+        key=lambda r: (
+            order.get(r["config"], 9),
+            r["sparsity"],
+            r["choice"],
+            r["cache_dtype"],
+            r["format"],
+            int(r["batch"]),
+        ),
     )
     before = None
     for r in kept:
         model = r["config"].upper()
         weights = "dense" if r["sparsity"] == "dense" else f"{float(r['sparsity']):.0%} sparse"
+        if r["format"] == "delta_csr":
+            weights += ", Delta-CSR"
         if r["cache_dtype"] != r["dtype"]:
             weights += f", cache {r['cache_dtype']}"
         if r["choice"] != "greedy":
@@ -234,6 +289,7 @@ def main() -> None:
             return
     rows = [r for r in read(args.csv) if r["dtype"] == args.dtype]
     means(rows)
+    side_by_side(rows)
     every_shape(rows)
     if args.plot:
         chosen = args.shapes or list(dict.fromkeys(f"{r['M']}x{r['K']}" for r in rows))
