@@ -5,6 +5,7 @@
     compute-sanitizer --tool racecheck --num-cuda-barriers 1024 python tests/stress/sanitize_gpu.py
         --one-warp
     compute-sanitizer --tool synccheck python tests/stress/sanitize_gpu.py --many-tokens
+    compute-sanitizer --tool racecheck python tests/stress/sanitize_gpu.py --delta-csr --quick
 
 Handlers are called as XLA calls them, through a call frame, here made by ctypes; memory comes from
 the CUDA driver. Products, chains of them, decoding, sampling and encoding of small weights and
@@ -14,6 +15,7 @@ The last line names the handlers that were not called. --garbage changes offsets
 positions and lengths first: results are then any numbers, but no access may leave a buffer.
 --one-warp: bitmaps alone, by CTAs with one warp that computes (docs/reliability.md says why).
 --many-tokens: products of more than 128 tokens alone, bitmap_gemm.cu.
+--delta-csr: that format alone, neither bitmaps nor attention.
 --host runs the CPU's handlers, which checks this script where there is no GPU.
 """
 
@@ -270,7 +272,7 @@ def row(format, dtype, H, F, seed):
     rng = np.random.default_rng(seed)
     stages, coded = [], []
     for i, (m, k) in enumerate([(H, H), (F, H), (H, F), (3 * H + seed % 5, H)]):
-        formats = format, FORMATS[i % 2]
+        formats = format, FORMATS[i % len(FORMATS)]
         dense, w = weight((m, k), dtype, (0.3, 0.9, 0.02)[(seed + i) % 3], formats[seed % 2], 1, i)
         add, activation = i in (0, 2), (None, "relu", None, "gelu")[i]
         bias, scale, shift = (rng.standard_normal(n, np.float32) for n in (m, H, H))
@@ -356,9 +358,12 @@ def valid(run: Runtime, quick: bool) -> int:
             for got, want in zip(encode(run, dense, w), [*expected, w.values], strict=True):
                 np.testing.assert_array_equal(bits(got), bits(want))
         count += 4
+    count += not_finite(run)
     if run.host:
         return count
-    count += long_strips(run, quick) + many_tokens(run, quick)
+    count += long_strips(run, quick)
+    if "bitmap" in FORMATS:
+        count += many_tokens(run, quick)
     # 2048 tokens, for which W is decoded and XLA multiplies.
     for format in FORMATS:
         dense, w = weight((40, 136), np.float16, 0.3, format, 1, 0)
@@ -374,6 +379,12 @@ def valid(run: Runtime, quick: bool) -> int:
             results = [chain(run, x, h, coded[: j + 1]) for j in range(len(stages))]
             assert_chain(results, x, h, stages)
             count += 1
+    return count + attentions(run, quick) if "bitmap" in FORMATS else count
+
+
+def attentions(run: Runtime, quick: bool) -> int:
+    """Alone and as a stage of a chain."""
+    count = 0
     # Attention between two products: as it is alone.
     for i, (cached, n) in enumerate(itertools.product(CACHES, (1, 8) if quick else (1, 8, 32))):
         rng, d = np.random.default_rng(i), (64, 128)[i % 2]
@@ -402,6 +413,21 @@ def valid(run: Runtime, quick: bool) -> int:
         for g, e, tolerance in zip(got, want, (2.0**-6, 0, 0), strict=True):
             g, e = (np.asarray(a, np.float32) for a in (g, e))
             np.testing.assert_allclose(g, e, rtol=tolerance, atol=tolerance)
+        count += 1
+    return count
+
+
+def not_finite(run: Runtime) -> int:
+    """Numbers of x that are not finite meet weights that are not stored, too."""
+    count = 0
+    for i, (format, dtype, n) in enumerate(itertools.product(FORMATS, HALVES, (1, 3, 12))):
+        dense, w = weight((40, 1136), dtype, (0.3, 0.02)[i % 2], format, 1, i)
+        x = np.random.default_rng(i).standard_normal((n, 1136), np.float32).astype(dtype)
+        x[n // 2, 300] = (np.inf, np.nan)[i % 2]
+        with np.errstate(invalid="ignore"):
+            want = x.astype(np.float64) @ dense.T.astype(np.float64)
+        y = spmm(run, w, x, None, None)
+        np.testing.assert_array_equal(np.isnan(np.asarray(y, np.float32)), np.isnan(want))
         count += 1
     return count
 
@@ -467,7 +493,7 @@ def garbage(run: Runtime, count: int, seed: int) -> int:
         shards = int(rng.integers(1, min(shape[0], 3) + 1))
         if square := i % 3 == 0:
             shape, shards = (shape[0] // 64 * 64 + 64,) * 2, 1
-        format, dtype = FORMATS[i % 2], HALVES[i // 2 % 2]
+        format, dtype = FORMATS[i % len(FORMATS)], HALVES[i // 2 % 2]
         dense, w = weight(shape, dtype, rng.choice([0.02, 0.3, 0.9]), format, shards, seed + i)
         index, offsets = (np.array(b) for b in w.buffers)
         kind = rng.integers(4)
@@ -478,7 +504,8 @@ def garbage(run: Runtime, count: int, seed: int) -> int:
                 damage(rng, offsets)
         values = np.asarray(w.values)
         if rng.random() < 0.2:  # fewer than the offsets say
-            values = values[:, : max(8, values.shape[1] // 16 * 8)]
+            unit = 8 if format == "bitmap" else 128
+            values = values[:, : max(unit, values.shape[1] // (2 * unit) * unit)]
         name = "masks" if format == "bitmap" else "index"
         w = type(w)(offsets=offsets, values=values, shape=shape, grid=w.grid, **{name: index})
         n, token = int(rng.choice([1, 8, 12, 20, 40, 70, 150])), FLOATS[i % 3]
@@ -512,8 +539,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer numbers of tokens")
     parser.add_argument("--one-warp", action="store_true", help="for racecheck")
     parser.add_argument("--many-tokens", action="store_true", help="more than 128, alone")
+    parser.add_argument("--delta-csr", action="store_true", help="that format alone")
     parser.add_argument("--host", action="store_true")
     options = parser.parse_args()
+    if options.delta_csr:
+        FORMATS[:] = ["delta_csr"]
     run, start = Runtime(options.host), time.monotonic()
     if options.one_warp:
         done = f"{long_strips(run, options.quick, plan.Cut(1, 2))} products by one warp, all right"
