@@ -12,7 +12,7 @@
 #include "bitmap.h"
 #include "cpu/encode.h"
 #include "cpu/handlers.h"
-#include "tiled_csl.h"
+#include "delta_csr.h"
 #ifdef FLASHLLM_CUDA
 #include "cuda/handlers.h"
 #endif
@@ -89,20 +89,20 @@ nb::tuple BitmapOfPacked(
                             static_cast<int64_t>(values.shape(0))));
 }
 
-nb::tuple EncodeTiledCsl(Dense w, int64_t shards) {
+nb::tuple EncodeDeltaCsr(Dense w, int64_t shards) {
   const DenseView v = View(w, shards);
-  const tiled_csl::Dims d(bitmap::CeilDiv(v.rows, shards), v.cols);
-  auto offsets = Allocate<uint32_t>({size_t(shards), size_t(d.offsets() / 2), 2});
-  TiledCslCapacity capacity;
+  const delta_csr::Dims d(bitmap::CeilDiv(v.rows, shards), v.cols);
+  auto offsets = Allocate<uint32_t>({size_t(shards), size_t(d.offsets())});
+  DeltaCsrCapacity capacity;
   {
     nb::gil_scoped_release release;
-    capacity = CountTiledCsl(v, offsets.data());
+    capacity = CountDeltaCsr(v, offsets.data());
   }
   auto index = Allocate<uint32_t>({size_t(shards), size_t(capacity.index)});
   auto values = Allocate<uint16_t>({size_t(shards), size_t(capacity.values)});
   {
     nb::gil_scoped_release release;
-    FillTiledCsl(v, offsets.data(), capacity, index.data(), values.data());
+    FillDeltaCsr(v, offsets.data(), capacity, index.data(), values.data());
   }
   return nb::make_tuple(index, offsets, values);
 }
@@ -114,11 +114,11 @@ nb::capsule Capsule(XLA_FFI_Handler* handler) {
 nb::dict CpuTargets() {
   nb::dict t;
   t["flashllm_spmm_bitmap_v1"] = Capsule(kSpmmBitmapCpu);
-  t["flashllm_spmm_tiled_csl_v1"] = Capsule(kSpmmTiledCslCpu);
+  t["flashllm_spmm_delta_csr_v1"] = Capsule(kSpmmDeltaCsrCpu);
   t["flashllm_decode_bitmap_v1"] = Capsule(kDecodeBitmapCpu);
-  t["flashllm_decode_tiled_csl_v1"] = Capsule(kDecodeTiledCslCpu);
+  t["flashllm_decode_delta_csr_v1"] = Capsule(kDecodeDeltaCsrCpu);
   t["flashllm_sample_bitmap_v1"] = Capsule(kSampleBitmapCpu);
-  t["flashllm_sample_tiled_csl_v1"] = Capsule(kSampleTiledCslCpu);
+  t["flashllm_sample_delta_csr_v1"] = Capsule(kSampleDeltaCsrCpu);
   return t;
 }
 
@@ -128,7 +128,7 @@ NB_MODULE(_flashllm, m) {
   m.def("encode_bitmap", &EncodeBitmap, nb::arg("dense"), nb::arg("shards"));
   m.def("bitmap_of_packed", &BitmapOfPacked, nb::arg("bits"), nb::arg("starts"), nb::arg("values"),
         nb::arg("cols"));
-  m.def("encode_tiled_csl", &EncodeTiledCsl, nb::arg("dense"), nb::arg("shards"));
+  m.def("encode_delta_csr", &EncodeDeltaCsr, nb::arg("dense"), nb::arg("shards"));
   m.def("cpu_targets", &CpuTargets);
   m.def("cpu_kernels", &ActiveKernels);
   m.def("select_cpu_kernels", &SelectKernels, nb::arg("name"));

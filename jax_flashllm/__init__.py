@@ -9,7 +9,7 @@ except ImportError as e:
         "`pip install -e .`"
     ) from e
 
-from jax_flashllm.formats import Bitmap, SparseWeight, TiledCSL, encode, stack
+from jax_flashllm.formats import Bitmap, DeltaCSR, SparseWeight, encode, stack
 from jax_flashllm.formats.layout import shard
 from jax_flashllm.spmm import decode, spmm
 from jax_flashllm.tuning import tune
@@ -17,8 +17,8 @@ from jax_flashllm.tuning import tune
 __version__ = "0.1.0"
 __all__ = [
     "Bitmap",
+    "DeltaCSR",
     "SparseWeight",
-    "TiledCSL",
     "decode",
     "encode",
     "shard",

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 def encode_bitmap(dense: np.ndarray, shards: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
-def encode_tiled_csl(
+def encode_delta_csr(
     dense: np.ndarray, shards: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 def bitmap_of_packed(

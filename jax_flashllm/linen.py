@@ -4,7 +4,7 @@ The variables lie in two collections, so that gradients and optimizers see only 
 
     params   kernel          half  [S, capacity]  the stored values
              bias                  [M]
-    sparse   kernel_index    uint                 Bitmap.masks or TiledCSL.index
+    sparse   kernel_index    uint                 Bitmap.masks or DeltaCSR.index
              kernel_offsets  uint32
 """
 

@@ -39,7 +39,7 @@ def spmm(
     and remat. For gradients in w as a pytree pass `allow_int=True` to `jax.grad`: the result
     is a weight of the same structure, with float0 index buffers. `jax.export` must be told to
     trust the call: `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name)]` with name
-    "flashllm_spmm_bitmap_v1" or "flashllm_spmm_tiled_csl_v1"; import jax_flashllm before calling.
+    "flashllm_spmm_bitmap_v1" or "flashllm_spmm_delta_csr_v1"; import jax_flashllm before calling.
 
     Raises TypeError for other types or dtypes, ValueError when K or M differ.
     """

@@ -412,7 +412,7 @@ class Loader:
         """The matrices of `names`, one below the other, from what is stored, never dense.
 
         None where they are stored dense, in other dtypes, split over devices, or so sparse that
-        Tiled-CSL is smaller.
+        Delta-CSR is smaller.
         """
         dtype = self.names.dtype(names[0])
         plain = dtype.itemsize == 2 and self.cast in (None, dtype) and self.layout is None
@@ -421,13 +421,14 @@ class Loader:
         if not all(map(self.names.is_sparse, names)):
             return None
         size = sum(math.prod(self.names.shape(name)) for name in names)
-        if smaller_format(sum(map(self.names.nnz, names)) / size) != "bitmap":
+        columns = self.names.shape(names[0])[1]
+        if smaller_format(sum(map(self.names.nnz, names)) / size, columns) != "bitmap":
             return None
         parts = []
         for name in names:
             parts.append(self.names.packed(name))
             self.on_read()
-        return jax.device_put(bitmap_of_packed(parts, self.names.shape(names[0])[1]))
+        return jax.device_put(bitmap_of_packed(parts, columns))
 
     def _encoded(self, dense: np.ndarray, rows: str | None, columns: str | None) -> SparseWeight:
         if self.layout is None:

@@ -8,7 +8,7 @@ import numpy as np
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 FLOATS = [np.dtype(np.float32), *HALVES]
-FORMATS = ["bitmap", "tiled_csl"]
+FORMATS = ["bitmap", "delta_csr"]
 
 # Unit roundoff of the output and half its smallest subnormal. XLA flushes no fp16 to zero.
 ROUNDOFF = {"float32": (2.0**-23, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}

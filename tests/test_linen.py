@@ -87,7 +87,7 @@ def test_a_whole_model_from_dense_params():
 
 def test_a_layer_from_dense_params():
     params = {"kernel": np.asarray(sparse_matrix((40, 24), np.float16, 0.3)), "bias": np.ones(24)}
-    layer, variables = SparseDense.from_dense(params, format="tiled_csl", dtype=jnp.float32)
+    layer, variables = SparseDense.from_dense(params, format="delta_csr", dtype=jnp.float32)
     assert_product(layer.apply(variables, X), X, params["kernel"].T, params["bias"])
     layer, variables = SparseDense.from_dense({"kernel": params["kernel"]}, 0.9)
     assert variables["params"].keys() == {"kernel"}

@@ -548,7 +548,7 @@ def test_orbax_round_trip_to_a_fresh_process(tmp_path, fresh_process):
 
 
 def test_restore_takes_every_form_of_state():
-    sparse = sparsify(Model(nnx.Rngs(0)), 0.7, format="tiled_csl", shards=2)
+    sparse = sparsify(Model(nnx.Rngs(0)), 0.7, format="delta_csr", shards=2)
     expected = sparse(IDS)
     state = nnx.state(sparse)
     pure = nnx.to_pure_dict(state)
@@ -556,7 +556,7 @@ def test_restore_takes_every_form_of_state():
         for form in [state, pure]:
             back = restore(model, form)
             np.testing.assert_array_equal(back(IDS), expected)
-            assert all(type(m.weight) is jf.TiledCSL for m in linears(back).values())
+            assert all(type(m.weight) is jf.DeltaCSR for m in linears(back).values())
     partly = sparsify(Model(nnx.Rngs(0)), 0.7, filter=lambda path, _: "head" in path)
     back = restore(Model(nnx.Rngs(1)), nnx.state(partly))
     np.testing.assert_array_equal(back(IDS), partly(IDS))

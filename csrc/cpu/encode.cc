@@ -9,7 +9,7 @@
 #include <thread>
 
 #include "../bitmap.h"
-#include "../tiled_csl.h"
+#include "../delta_csr.h"
 #include "kernels.h"
 
 namespace flashllm {
@@ -374,225 +374,150 @@ template void FillBitmap(const PackedView&, const uint32_t*, const uint32_t*, in
 
 namespace {
 
-using tiled_csl::kBlockWeights;
-using tiled_csl::kLists;
-
-// A block of Tiled-CSL as its 64 lists, all rows after rows, which vectorizes.
-struct Lists {
-  uint16_t weights[kBlockWeights];  // the dense block in scratch order
-  // Of each nonzero: where it comes in its list, fillers counted, and its code. kNone at zeros.
-  uint8_t slots[kBlockWeights];
-  uint8_t codes[kBlockWeights];
-  static constexpr uint8_t kNone = 0xff;
-
-  void Load(const DenseView& w, const Block& b) {
-    using namespace tiled_csl;
-    const uint16_t* from = w.data + b.row0 * w.cols + b.col0;
-    int64_t stride = w.cols;
-    alignas(64) uint16_t patch[kBlockWeights];
-    if (b.row0 + kBlockRows > b.row_end || b.col0 + kBlockCols > w.cols) {
-      LoadPatch(w, b.row0, b.row_end, b.col0, kBlockRows, kBlockCols, patch);
-      from = patch, stride = kBlockCols;
-    }
-    // Rows of W a power of two apart share few cache sets, so two are done before the next two.
-    for (int row = 0; row < kBlockRows; row += row % 16 == 7 ? 9 : 1)
-      for (int col = 0; col < kBlockCols; col += 4) {
-        // A lane's 8 halves: columns 0, 1 of both rows, then columns 2, 3.
-        uint32_t top[2], bottom[2];
-        std::memcpy(top, from + row * stride + col, sizeof top);
-        std::memcpy(bottom, from + (row + 8) * stride + col, sizeof bottom);
-        const uint32_t lane[4] = {top[0], bottom[0], top[1], bottom[1]};
-        std::memcpy(weights + tiled_csl::Half(row, col), lane, sizeof lane);
-      }
-  }
-
-  void Scan() {
-    uint8_t next[kLists] = {}, gap[kLists] = {};
-    for (int row = 0; row < kBlockWeights; row += kLists)
-      for (int l = 0; l < kLists; ++l) {
-        const uint8_t nonzero = weights[row + l] != 0;
-        const uint8_t far = gap[l] + 1, filler = far == tiled_csl::kFiller;
-        const uint8_t code = filler ? 0 : far, slot = next[l] + filler;
-        codes[row + l] = code;
-        slots[row + l] = nonzero ? slot : kNone;
-        next[l] = slot + nonzero;
-        gap[l] = nonzero ? 0 : code;
-      }
-  }
-
-  struct Cut {
-    int chunks, tails;
-  };
-
-  // The number of chunks that takes the fewest bytes.
-  Cut Choose() const {
-    using namespace tiled_csl;
-    int counts[4][256 / kChunkEntries] = {};  // four, as neighbours are often equal
-    for (int i = 0; i < kBlockWeights; i += 4)
-      for (int j = 0; j < 4; ++j) ++counts[j][slots[i + j] / kChunkEntries];
-    constexpr int kChunkBytes = 2 * kChunkValues + 4 * kChunkWords;
-    constexpr int kTailBytes = 2 * kVector + 4 * kVectorWords;
-    Cut best = {};
-    int overflow = 0, least = kMaxChunks * kChunkBytes + 1;
-    for (int chunks = kMaxChunks; chunks >= 0; --chunks) {  // overflow: weights of slots behind
-      const int tails = static_cast<int>(CeilDiv(overflow, kVector));
-      const int bytes = chunks * kChunkBytes + tails * kTailBytes;
-      if (bytes < least) best = {chunks, tails}, least = bytes;
-      if (chunks)
-        for (const auto& count : counts) overflow += count[chunks - 1];
-    }
-    return best;
-  }
-
-  void Write(Cut cut, uint16_t* values, uint32_t* index) const {
-    using namespace tiled_csl;
-    const unsigned entries = cut.chunks * kChunkEntries;
-    const size_t chunk_values = cut.chunks * kChunkValues;
-    std::memset(values, 0, (chunk_values + cut.tails * kVector) * sizeof *values);
-    // Lists end with the last chunk, so padding comes first: entry = padding + slot. `codes_out`
-    // is parallel to the chunks' values. What is neither padding nor a weight is a filler.
-    alignas(64) uint8_t codes_out[kMaxChunks * kChunkValues];
-    std::memset(codes_out, kFiller, chunk_values);
-    uint8_t kept[kLists] = {}, padding[kLists];
-    for (int row = 0; row < kBlockWeights; row += kLists)
-      for (int l = 0; l < kLists; ++l)
-        kept[l] = slots[row + l] < entries ? slots[row + l] + 1 : kept[l];
-    uint16_t first[kLists];  // where a list starts
-    for (int l = 0; l < kLists; ++l) {
-      first[l] = static_cast<uint16_t>(l % 2 * (kChunkValues / 2) + l / 2 * kChunkEntries);
-      padding[l] = static_cast<uint8_t>(entries - kept[l]);
-      for (int i = 0; i < padding[l]; ++i) codes_out[first[l] + Behind(i)] = 0;
-    }
-    uint32_t tail[kLists / 2][2 * kRows];  // by bank: value and position
-    int size[kLists / 2] = {};
-    for (int row = 0; row < kBlockWeights; row += kLists) {
-      alignas(64) uint8_t fits[kLists], overflows[kLists];
-      alignas(64) uint16_t to[kLists];
-      for (int l = 0; l < kLists; ++l) {
-        const uint8_t slot = slots[row + l];
-        fits[l] = slot < entries;
-        overflows[l] = slot != kNone && slot >= entries;
-      }
-      for (int l = 0; l < kLists; ++l)
-        to[l] = first[l] + Behind(static_cast<uint8_t>(padding[l] + slots[row + l]));
-      for (uint64_t mask = Mask(fits); mask; mask &= mask - 1) {
-        const int l = __builtin_ctzll(mask);
-        codes_out[to[l]] = codes[row + l];
-        values[to[l]] = weights[row + l];
-      }
-      for (uint64_t mask = Mask(overflows); mask; mask &= mask - 1) {
-        const int l = __builtin_ctzll(mask), at = row + l;
-        tail[l / 2][size[l / 2]++] = static_cast<uint32_t>(weights[at]) << 16 | (at + kLists);
-      }
-    }
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(index);
-    constexpr int kHalf = kChunkValues / 2;
-    for (int chunk = 0; chunk < cut.chunks; ++chunk)
-      for (int i = chunk * kHalf; i < (chunk + 1) * kHalf; ++i)
-        bytes[i] = codes_out[chunk * kHalf + i] | codes_out[chunk * kHalf + i + kHalf] << 4;
-    // The tail goes round the banks, so that the stores of a warp rarely meet.
-    uint16_t* value = values + chunk_values;
-    uint16_t* position = reinterpret_cast<uint16_t*>(bytes + chunk_values / 2);
-    uint16_t* const end = position + cut.tails * kVector;
-    const int rounds = *std::max_element(size, size + kLists / 2);
-    for (int round = 0; round < rounds; ++round)
-      for (int bank = 0; bank < kLists / 2; ++bank)
-        if (round < size[bank]) {
-          *position++ = static_cast<uint16_t>(tail[bank][round]);
-          *value++ = static_cast<uint16_t>(tail[bank][round] >> 16);
-        }
-    std::memset(position, 0, (end - position) * sizeof *position);
-  }
-
-  // How far behind its list's first entry an entry lies. In 16 bits, so that it vectorizes.
-  static uint16_t Behind(uint16_t entry) {
-    using namespace tiled_csl;
-    const uint16_t in_chunk = entry % kChunkEntries;
-    return static_cast<uint16_t>((entry - in_chunk) * (kChunkValues / kChunkEntries) + in_chunk);
-  }
-
-  // Bit l is flags[l], 0 or 1.
-  static uint64_t Mask(const uint8_t (&flags)[kLists]) {
+// f(column) for every one of `cols` halves at p that is not zero, from left to right.
+template <typename F>
+void ForNonzeros(const uint16_t* p, int cols, F f) {
+  int col = 0;
+  for (; col + 64 <= cols; col += 64) {
     uint64_t mask = 0;
-    for (int i = 0; i < kLists / 8; ++i) {
-      uint64_t eight;
-      std::memcpy(&eight, flags + 8 * i, sizeof eight);
-      mask |= eight * 0x0102040810204080ull >> 56 << (8 * i);  // gathers bits 0, 8, .. 56
-    }
-    return mask;
+    for (int i = 0; i < 64; i += 4) mask |= uint64_t{NonzeroNibble(p + col + i)} << i;
+    for (; mask; mask &= mask - 1) f(col + __builtin_ctzll(mask));
   }
-};
-
-Block CslBlock(const DenseView& w, const tiled_csl::Dims& d, int64_t index) {
-  Block b;
-  b.block = index % d.blocks;
-  b.band = index / d.blocks % d.bands;
-  b.shard = index / (d.blocks * d.bands);
-  b.row0 = b.shard * d.rows + b.band * tiled_csl::kBlockRows;
-  b.row_end = std::min(w.rows, (b.shard + 1) * d.rows);
-  b.col0 = b.block * tiled_csl::kBlockCols;
-  return b;
+  for (; col < cols; ++col)
+    if (p[col]) f(col);
 }
+
+// Of Delta-CSR: a row's nonzeros in a block of columns.
+class Item {
+ public:
+  // index: of all shards' items.
+  Item(const DenseView& w, const delta_csr::Dims& d, int64_t index) {
+    const int64_t row = index / d.items * d.rows + index % d.rows;
+    const int64_t col = index % d.items / d.rows * d.block_cols;
+    if (row >= w.rows) return;
+    weights_ = w.data + row * w.cols + col;
+    cols_ = static_cast<int>(std::min(d.block_cols, w.cols - col));
+  }
+
+  // Groups with 8 bits a code, and with 4 in the upper half.
+  uint32_t Groups() const {
+    int count = 0, fillers8 = 0, fillers4 = 0, before = 0;
+    ForNonzeros(weights_, cols_, [&](int col) {
+      const int gap = count ? col - before : 1;
+      if (gap >= delta_csr::Filler(4)) {
+        fillers8 += delta_csr::Fillers(gap, 8);
+        fillers4 += delta_csr::Fillers(gap, 4);
+      }
+      ++count;
+      before = col;
+    });
+    return static_cast<uint32_t>(delta_csr::Groups(count + fillers8) |
+                                 delta_csr::Groups(count + fillers4) << 16);
+  }
+
+  template <int kBits>
+  void Write(int64_t groups, uint16_t* values, uint32_t* index) const {
+    using namespace delta_csr;
+    constexpr int kFiller = Filler(kBits);
+    // Fillers are no more than the zeros that they pass.
+    uint16_t cols[kMaxBlockCols];
+    uint8_t codes[kMaxBlockCols];
+    int count = 0, before = 0;
+    ForNonzeros(weights_, cols_, [&](int col) {
+      int gap = count ? col - before : 1;
+      for (; gap >= kFiller; gap -= kFiller) codes[count++] = kFiller;
+      cols[count] = static_cast<uint16_t>(col);
+      codes[count++] = static_cast<uint8_t>(gap);
+      before = col;
+    });
+    uint16_t bases[kLanes] = {};
+    uint8_t* const out = reinterpret_cast<uint8_t*>(index + kBaseWords);
+    std::memset(values, 0, groups * kGroupValues * sizeof *values);
+    std::memset(out, 0, groups * GroupWords(kBits) * sizeof *index);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto start = static_cast<int>(LaneStart(lane, count));
+      auto end = static_cast<int>(LaneStart(lane + 1, count));
+      int first = start;
+      while (first < end && codes[first] == kFiller) ++first;
+      while (first < end && codes[end - 1] == kFiller) --end;
+      if (first == end) continue;
+      bases[lane] = cols[first];
+      codes[first] = 1;
+      for (int i = first; i < end; ++i) {
+        const int entry = i - start;
+        const int at = (entry / kSteps * kLanes + lane) * kSteps + entry % kSteps;
+        if (kBits == 8)
+          out[at] = codes[i];
+        else
+          out[at / 2] |= static_cast<uint8_t>(codes[i] << (4 * (at % 2)));
+        if (codes[i] != kFiller) values[at] = weights_[cols[i]];
+      }
+    }
+    std::memcpy(index, bases, sizeof bases);
+  }
+
+ private:
+  const uint16_t* weights_ = nullptr;
+  int cols_ = 0;
+};
 
 }  // namespace
 
-TiledCslCapacity CountTiledCsl(const DenseView& w, uint32_t* offsets) {
-  using namespace tiled_csl;
+DeltaCsrCapacity CountDeltaCsr(const DenseView& w, uint32_t* offsets) {
+  using namespace delta_csr;
   const Dims d(ShardRows(w), w.cols);
-  const int64_t shard_blocks = d.bands * d.blocks;
-  ParallelChunks(w.shards * shard_blocks, [&](int64_t begin, int64_t end) {
-    Lists lists;
-    for (int64_t index = begin; index < end; ++index) {
-      const Block b = CslBlock(w, d, index);
-      lists.Load(w, b);
-      lists.Scan();
-      const Lists::Cut cut = lists.Choose();
-      uint32_t* o = offsets + b.shard * d.offsets() + 2 * (index - b.shard * shard_blocks);
-      o[0] = static_cast<uint32_t>(cut.chunks), o[1] = static_cast<uint32_t>(cut.tails);
-    }
+  ParallelChunks(w.shards * d.items, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      offsets[i / d.items * d.offsets() + i % d.items] = Item(w, d, i).Groups();
   });
   // Counts to sums, in place.
   int64_t values = 0, index = 0;
   for (int64_t s = 0; s < w.shards; ++s) {
-    uint64_t sums[2] = {};
     uint32_t* o = offsets + s * d.offsets();
-    for (int64_t b = 0; b <= shard_blocks; ++b, o += 2)
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t n = b < shard_blocks ? o[i] : 0;
-        o[i] = static_cast<uint32_t>(sums[i]);
-        sums[i] += n;
-      }
-    if (std::max(sums[0], sums[1]) > UINT32_MAX)
-      throw std::invalid_argument("encode: a shard holds more than 2^35 nonzeros; raise `shards`");
-    values = std::max<int64_t>(values, ValueStart(sums[0], sums[1]));
-    index = std::max<int64_t>(index, IndexStart(sums[0], sums[1]));
+    int64_t groups8 = 0, groups4 = 0;
+    for (int64_t i = 0; i < d.items; ++i) groups8 += o[i] & 0xffff, groups4 += o[i] >> 16;
+    const int bits = Bits(groups8, groups4);
+    int64_t total = 0;
+    for (int64_t i = 0; i < d.items; ++i) {
+      const uint32_t n = bits == 8 ? o[i] & 0xffff : o[i] >> 16;
+      o[i] = static_cast<uint32_t>(total);
+      total += n;
+    }
+    if (total > UINT32_MAX)
+      throw std::invalid_argument("encode: a shard holds more than 2^39 nonzeros; raise `shards`");
+    o[d.items] = static_cast<uint32_t>(total);
+    o[d.items + 1] = bits;
+    values = std::max(values, total * kGroupValues);
+    index = std::max(index, IndexStart(d.items, total, bits));
   }
-  return {Room(values, kVector), Room(index, kVectorWords)};
+  return {Room(values, kGroupValues), Room(index, kBaseWords)};
 }
 
-void FillTiledCsl(const DenseView& w, const uint32_t* offsets, TiledCslCapacity capacity,
+void FillDeltaCsr(const DenseView& w, const uint32_t* offsets, DeltaCsrCapacity capacity,
                   uint32_t* index, uint16_t* values) {
-  using namespace tiled_csl;
+  using namespace delta_csr;
   const Dims d(ShardRows(w), w.cols);
-  const int64_t shard_blocks = d.bands * d.blocks;
-  ParallelChunks(w.shards * shard_blocks, [&](int64_t begin, int64_t end) {
-    Lists lists;
+  ParallelChunks(w.shards * d.items, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Block b = CslBlock(w, d, i);
-      lists.Load(w, b);
-      lists.Scan();
-      const uint32_t* o = offsets + b.shard * d.offsets() + 2 * (i - b.shard * shard_blocks);
-      lists.Write({static_cast<int>(o[2] - o[0]), static_cast<int>(o[3] - o[1])},
-                  values + b.shard * capacity.values + ValueStart(o[0], o[1]),
-                  index + b.shard * capacity.index + IndexStart(o[0], o[1]));
+      const int64_t shard = i / d.items, item = i % d.items;
+      const uint32_t* o = offsets + shard * d.offsets();
+      const int bits = static_cast<int>(o[d.items + 1]);
+      const int64_t before = o[item], groups = o[item + 1] - before;
+      uint16_t* to = values + shard * capacity.values + before * kGroupValues;
+      uint32_t* codes = index + shard * capacity.index + IndexStart(item, before, bits);
+      if (bits == 8)
+        Item(w, d, i).Write<8>(groups, to, codes);
+      else
+        Item(w, d, i).Write<4>(groups, to, codes);
     }
   });
   for (int64_t s = 0; s < w.shards; ++s) {  // shards shorter than the longest
-    const uint32_t* o = offsets + (s + 1) * d.offsets() - 2;
-    std::fill(values + s * capacity.values + ValueStart(o[0], o[1]),
+    const uint32_t* o = offsets + s * d.offsets() + d.items;
+    const int bits = static_cast<int>(o[1]);
+    std::fill(values + s * capacity.values + int64_t{o[0]} * kGroupValues,
               values + (s + 1) * capacity.values, 0);
-    std::fill(index + s * capacity.index + IndexStart(o[0], o[1]), index + (s + 1) * capacity.index,
-              0);
+    std::fill(index + s * capacity.index + IndexStart(d.items, o[0], bits),
+              index + (s + 1) * capacity.index, 0);
   }
 }
 

@@ -36,13 +36,11 @@ template <typename View>
 void FillBitmap(const View& w, const uint32_t* masks, const uint32_t* offsets, int64_t capacity,
                 uint16_t* values);
 
-// A block gets the number of chunks that takes the fewest bytes, of equals the most. So
-// V vectors of 8 nonzeros take 32 V bytes at most, as in a tail alone.
-struct TiledCslCapacity {
+struct DeltaCsrCapacity {
   int64_t values, index;  // elements
 };
-TiledCslCapacity CountTiledCsl(const DenseView& w, uint32_t* offsets);
-void FillTiledCsl(const DenseView& w, const uint32_t* offsets, TiledCslCapacity capacity,
+DeltaCsrCapacity CountDeltaCsr(const DenseView& w, uint32_t* offsets);
+void FillDeltaCsr(const DenseView& w, const uint32_t* offsets, DeltaCsrCapacity capacity,
                   uint32_t* index, uint16_t* values);
 
 }  // namespace flashllm

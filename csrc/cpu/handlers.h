@@ -7,11 +7,11 @@
 // The macro that defines handlers gives them C linkage, where namespaces do not count.
 extern "C" {
 XLA_FFI_Error* kSpmmBitmapCpu(XLA_FFI_CallFrame*);
-XLA_FFI_Error* kSpmmTiledCslCpu(XLA_FFI_CallFrame*);
+XLA_FFI_Error* kSpmmDeltaCsrCpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* kDecodeBitmapCpu(XLA_FFI_CallFrame*);
-XLA_FFI_Error* kDecodeTiledCslCpu(XLA_FFI_CallFrame*);
+XLA_FFI_Error* kDecodeDeltaCsrCpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* kSampleBitmapCpu(XLA_FFI_CallFrame*);
-XLA_FFI_Error* kSampleTiledCslCpu(XLA_FFI_CallFrame*);
+XLA_FFI_Error* kSampleDeltaCsrCpu(XLA_FFI_CallFrame*);
 }
 
 namespace flashllm {

@@ -1,12 +1,13 @@
 // What one instruction set provides, and how the band kernels are called.
 //
 // A band kernel multiplies one band of W (16 rows of a bitmap) with a group of `tokens` columns
-// of x and writes fp32 sums[token][row]. Conversion, bias and activation are the caller's, and
-// Tiled-CSL is expanded to a bitmap without zeros first.
+// of x and writes fp32 sums[token][row]; an item kernel does so with a row of Delta-CSR in a block
+// of columns. Conversion, bias and activation are the caller's.
 #pragma once
 #include <cstdint>
 
 #include "../bitmap.h"
+#include "../delta_csr.h"
 #include "half.h"
 
 namespace flashllm {
@@ -28,9 +29,27 @@ struct BitmapBand {
 
 enum class Status {
   kOk,
-  kOutOfRange,  // an offset or a mask points outside `values`
+  kOutOfRange,  // an offset, a mask or a code points outside
   kSubnormal,   // bf16 dot only: the instruction would flush a subnormal weight to zero
 };
+
+// An item of Delta-CSR whose groups lie inside the buffers. x is finite.
+struct DeltaCsrItem {
+  const uint32_t* index;   // its bases, then its codes
+  const uint16_t* values;  // its own
+  int64_t groups;
+  int bits;
+  const float* x;    // [1 + columns][tokens]: zeros, then the block's columns
+  uint32_t columns;  // of a block
+  int tokens;        // ItemTokens
+};
+
+// x is filled up by zeros to as many tokens as there is code for.
+inline constexpr int ItemTokens(int tokens) {
+  return tokens == 1 ? 1 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : tokens <= 16 ? 16 : kMaxTokens;
+}
+
+using DeltaCsrFn = Status (*)(const DeltaCsrItem&, float* sums);
 
 using BitmapFn = Status (*)(const BitmapBand&, float* sums);
 
@@ -46,6 +65,7 @@ struct Kernels {
   BitmapFn bitmap_f16, bitmap_bf16;
   BitmapFn bitmap_bf16_dot;  // x in bf16; null where the instruction is missing
   ReorderFn reorder;         // null: encode.cc does it
+  DeltaCsrFn delta_csr_f16, delta_csr_bf16;
 };
 
 const Kernels& Active();  // spmm.cc

@@ -2,6 +2,7 @@
 // lane's byte: four of row g, four of row g + 8) at a time.
 #include <immintrin.h>
 
+#include "delta_csr_item.h"
 #include "kernels.h"
 
 namespace flashllm {
@@ -115,10 +116,21 @@ Status BitmapAvx2(const BitmapBand& band, float* sums) {
   return band.tokens == 1 ? OneToken<H>(band, sums) : ManyTokens<H>(band, sums);
 }
 
+template <Half H>
+struct Widen {
+  void operator()(const uint16_t* p, float* out) const {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    _mm_storeu_ps(out, H == Half::kF16
+                           ? _mm_cvtph_ps(v)
+                           : _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(v), 16)));
+  }
+};
+
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2", BitmapAvx2<Half::kF16>, BitmapAvx2<Half::kBF16>, nullptr, nullptr,
+    "avx2",  BitmapAvx2<Half::kF16>,         BitmapAvx2<Half::kBF16>,         nullptr,
+    nullptr, ItemProduct<Widen<Half::kF16>>, ItemProduct<Widen<Half::kBF16>>,
 };
 
 }  // namespace flashllm

@@ -6,6 +6,7 @@
 // accumulator then sum row g, lanes 4-7 and 12-15 row g + 8.
 #include <immintrin.h>
 
+#include "delta_csr_item.h"
 #include "kernels.h"
 
 namespace flashllm {
@@ -279,10 +280,26 @@ uint16_t* Reorder(const uint64_t (&bits)[kBandRows], const uint16_t* (&rows)[kBa
   return out;
 }
 
+template <Half H>
+struct Widen {
+  void operator()(const uint16_t* p, float* out) const {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    _mm_storeu_ps(out, H == Half::kF16
+                           ? _mm_cvtph_ps(v)
+                           : _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(v), 16)));
+  }
+};
+
 }  // namespace
 
 const Kernels kAvx512Kernels = {
-    "avx512", OneOrManyF16, OneOrManyBf16, BitmapBf16Dot, Reorder,
+    "avx512",
+    OneOrManyF16,
+    OneOrManyBf16,
+    BitmapBf16Dot,
+    Reorder,
+    ItemProduct<Widen<Half::kF16>>,
+    ItemProduct<Widen<Half::kBF16>>,
 };
 
 }  // namespace flashllm

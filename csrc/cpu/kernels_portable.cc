@@ -2,6 +2,7 @@
 //
 // A weight that is not stored is a zero, and 0 * Inf is NaN: a token with a non-finite
 // feature is finished by the caller's dense rule (spmm.cc), not here.
+#include "delta_csr_item.h"
 #include "kernels.h"
 
 namespace flashllm {
@@ -33,10 +34,18 @@ Status BitmapPortable(const BitmapBand& band, float* sums) {
   return Status::kOk;
 }
 
+template <Half H>
+struct Widen {
+  void operator()(const uint16_t* p, float* out) const {
+    for (int i = 0; i < delta_csr::kSteps; ++i) out[i] = HalfToFloat<H>(p[i]);
+  }
+};
+
 }  // namespace
 
 const Kernels kPortableKernels = {
-    "portable", BitmapPortable<Half::kF16>, BitmapPortable<Half::kBF16>, nullptr, nullptr,
+    "portable", BitmapPortable<Half::kF16>,     BitmapPortable<Half::kBF16>,     nullptr,
+    nullptr,    ItemProduct<Widen<Half::kF16>>, ItemProduct<Widen<Half::kBF16>>,
 };
 
 }  // namespace flashllm

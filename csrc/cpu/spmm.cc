@@ -174,6 +174,8 @@ struct BitmapWeight : Weight {
   const uint32_t* offsets;
   bitmap::Dims dims;
 
+  int64_t bands() const { return dims.bands; }
+
   // f(row, col, index into the shard's values) for every stored weight of a band.
   template <typename F>
   Status Walk(int64_t shard, int64_t band, F f) const {
@@ -195,74 +197,60 @@ struct BitmapWeight : Weight {
   }
 };
 
-struct TiledCslWeight : Weight {
-  static constexpr int kRows = tiled_csl::kBlockRows;
+struct DeltaCsrWeight : Weight {
+  static constexpr int kRows = 1;
   const uint32_t* index;
   int64_t index_capacity;
   const uint32_t* offsets;
-  tiled_csl::Dims dims;
+  delta_csr::Dims dims;
 
-  struct Block {
-    const uint32_t* index;
-    int64_t value;  // the block's first, counted from the shard's
-    int chunks, tails;
-  };
+  int64_t bands() const { return dims.rows; }
 
-  // False if the offsets point outside the buffers.
-  bool Locate(int64_t shard, int64_t band, int64_t block, Block* b) const {
-    using namespace tiled_csl;
-    const uint32_t* o = offsets + shard * dims.offsets() + 2 * (band * dims.blocks + block);
-    const int64_t c0 = o[0], t0 = o[1], c1 = o[2], t1 = o[3];
-    *b = {index + shard * index_capacity + IndexStart(c0, t0), ValueStart(c0, t0),
-          static_cast<int>(c1 - c0), static_cast<int>(t1 - t0)};
-    return c0 <= c1 && c1 - c0 <= kMaxChunks && t0 <= t1 && t1 - t0 <= kMaxTail &&
-           ValueStart(c1, t1) <= shards.capacity && IndexStart(c1, t1) <= index_capacity;
+  // What `item` of a shard is, but for x; false if the offsets point outside the buffers.
+  bool Locate(int64_t shard, int64_t item, DeltaCsrItem* out) const {
+    using namespace delta_csr;
+    const uint32_t* o = offsets + shard * dims.offsets();
+    const int64_t first = o[item], end = o[item + 1];
+    const int bits = o[dims.items + 1] == 4 ? 4 : 8;
+    if (o[dims.items + 1] != static_cast<uint32_t>(bits) || first > end ||
+        end * kGroupValues > shards.capacity || IndexStart(item + 1, end, bits) > index_capacity)
+      return false;
+    *out = {index + shard * index_capacity + IndexStart(item, first, bits),
+            values + shard * shards.capacity + first * kGroupValues,
+            end - first,
+            bits,
+            nullptr,
+            static_cast<uint32_t>(dims.block_cols),
+            0};
+    return true;
   }
 
-  // f(row 0..127, list, index into the shard's values) for every stored weight of a block.
+  // As a bitmap's, of a row: f(0, col, index into the shard's values).
   template <typename F>
-  static Status WalkBlock(const Block& b, F f) {
-    using namespace tiled_csl;
-    uint8_t rows[kLists] = {}, codes[kLists] = {};  // of the entry before
-    const uint32_t* words = b.index;
-    int64_t at = b.value;
-    for (int chunk = 0; chunk < b.chunks; ++chunk, at += kChunkValues)
-      for (int bank = 0; bank < kLists / 2; ++bank, ++words)
-        for (int list = 0; list < 2; ++list) {
-          unsigned row = rows[2 * bank + list], before = codes[2 * bank + list];
-#pragma GCC unroll 4
-          for (int i = 0; i < kChunkEntries; ++i) {
-            const unsigned code = *words >> (8 * i + 4 * list) & 15;
-            const bool live = code ? code != kFiller : before == kFiller;
-            if ((row += code) > tiled_csl::kRows) return Status::kOutOfRange;
-            if (live)
-              f(row - 1, 2u * bank + list,
-                at + list * (kChunkValues / 2) + bank * kChunkEntries + i);
-            before = code;
-          }
-          rows[2 * bank + list] = static_cast<uint8_t>(row);
-          codes[2 * bank + list] = static_cast<uint8_t>(before);
-        }
-    for (int i = 0; i < b.tails * kVector; ++i, ++at) {
-      const unsigned position = words[i / 2] >> (16 * (i % 2)) & 0xffff;
-      if (position >= kLists + kBlockWeights) return Status::kOutOfRange;
-      if (position >= kLists) f(position / kLists - 1, position % kLists, at);
-    }
-    return Status::kOk;
-  }
-
-  // As a bitmap's: f(row, col, index into the shard's values).
-  template <typename F>
-  Status Walk(int64_t shard, int64_t band, F f) const {
-    using namespace tiled_csl;
+  Status Walk(int64_t shard, int64_t row, F f) const {
+    using namespace delta_csr;
     for (int64_t block = 0; block < dims.blocks; ++block) {
-      Block b;
-      if (!Locate(shard, band, block, &b)) return Status::kOutOfRange;
-      const Status status = WalkBlock(b, [&](unsigned row, unsigned list, int64_t at) {
-        const int half = row * kLists + list;
-        f(HalfRow(half), block * kBlockCols + HalfCol(half), at);
-      });
-      if (status != Status::kOk) return status;
+      DeltaCsrItem item;
+      if (!Locate(shard, block * dims.rows + row, &item)) return Status::kOutOfRange;
+      uint16_t bases[kLanes];
+      std::memcpy(bases, item.index, sizeof bases);
+      uint32_t cols[kLanes];
+      bool fillers[kLanes] = {};  // whether the entry before is one
+      for (int lane = 0; lane < kLanes; ++lane) cols[lane] = bases[lane] - 1u;
+      const auto* codes = reinterpret_cast<const uint8_t*>(item.index + kBaseWords);
+      int64_t at = item.values - values - shard * shards.capacity;
+      for (int64_t group = 0; group < item.groups; ++group)
+        for (int lane = 0; lane < kLanes; ++lane)
+          for (int i = 0; i < kSteps; ++i, ++at) {
+            const int64_t entry = (group * kLanes + lane) * kSteps + i;
+            const int code = item.bits == 8 ? static_cast<int8_t>(codes[entry])
+                                            : codes[entry / 2] >> (4 * (i % 2)) & 15;
+            const bool filler = code == Filler(item.bits);
+            cols[lane] += static_cast<uint32_t>(code);
+            if (cols[lane] + 1 > item.columns) return Status::kOutOfRange;
+            if (code ? !filler : fillers[lane]) f(0, block * dims.block_cols + cols[lane], at);
+            fillers[lane] = filler;
+          }
     }
     return Status::kOk;
   }
@@ -375,101 +363,71 @@ ffi::Error RunBitmap(ffi::ThreadPool& pool, const BitmapWeight& w, const Activat
   return ffi::Error::Success();
 }
 
-// Columns of W that a thread expands at a time: 64 rows of them stay in its L2 cache.
-constexpr int64_t kSlabBlocks = 16;
-constexpr int64_t kSlabTiles = kSlabBlocks * tiled_csl::kBlockCols / bitmap::kTileCols;
-
-// Blocks of Tiled-CSL expanded to four bands of a bitmap without zeros, which the bitmap's
-// kernels multiply. The two orders of halves differ in one swap: registers 1 and 2 of a lane.
-struct Slab {
-  static constexpr int kBands = tiled_csl::kBlockRows / bitmap::kBandRows;
-  static constexpr int64_t kBandValues = kSlabTiles * bitmap::kBandRows * bitmap::kTileCols;
-  static constexpr int64_t kReadAhead = bitmap::kBlockWeights + 32;  // of BlockValues
-
-  uint16_t values[kBands * kBandValues + kReadAhead];
-
-  Status Expand(const TiledCslWeight& w, int64_t shard, int64_t band, int64_t first, int64_t end) {
-    using namespace tiled_csl;
-    constexpr unsigned kPartRows = tiled_csl::kRows / kBands;  // 16 rows of W, two tiles
-    constexpr int64_t kPart = kPartRows * kLists;
-    for (int i = 0; i < kBands; ++i)
-      std::memset(values + i * kBandValues, 0, (end - first) * kPart * sizeof *values);
-    const uint16_t* from = w.values + shard * w.shards.capacity;
-    for (int64_t block = first; block < end; ++block) {
-      TiledCslWeight::Block b;
-      if (!w.Locate(shard, band, block, &b)) return Status::kOutOfRange;
-      uint16_t* to = values + (block - first) * kPart;
-      const Status status =
-          TiledCslWeight::WalkBlock(b, [&](unsigned row, unsigned list, int64_t at) {
-            const unsigned in_order = (list & ~6u) | (list & 2) << 1 | (list & 4) >> 1;
-            to[row / kPartRows * kBandValues + row % kPartRows * kLists + in_order] = from[at];
-          });
-      if (status != Status::kOk) return status;
-    }
-    return Status::kOk;
-  }
-
-  // sums[token][64 rows] += the product with x, packed from the slab's first tile on.
-  Status Multiply(BitmapFn f, const float* x, int tokens, int64_t tiles, float* sums) const {
-    static const struct Full {
-      uint32_t masks[kSlabTiles * bitmap::kLanes];
-      uint32_t offsets[kSlabTiles / bitmap::kBlockTiles + 1];
-      Full() {
-        std::fill(std::begin(masks), std::end(masks), ~0u);
-        for (uint32_t i = 0; i < std::size(offsets); ++i)
-          offsets[i] = i * (bitmap::kBlockWeights / bitmap::kVector);
+// Columns of x, one after the other, in floats: [columns][width], zeros behind the tokens.
+void Transpose(const Activations& x, int64_t first, int tokens, int width, int64_t col,
+               int64_t columns, float* out, XFlags& flags) {
+  constexpr int kStrip = 64;
+  float strip[kStrip];
+  uint32_t any_inf = 0;
+  for (int64_t c = 0; c < columns; c += kStrip)
+    for (int t = 0; t < width; ++t) {
+      const auto n = static_cast<int>(std::min<int64_t>(kStrip, columns - c));
+      if (t < tokens)
+        LoadColumns(x, first + t, col + c, n, strip);
+      else
+        std::fill(strip, strip + n, 0.0f);
+      for (int j = 0; j < n; ++j) {
+        any_inf |= (FloatToBits(strip[j]) & 0x7fffffff) >= 0x7f800000;
+        out[(c + j) * width + t] = strip[j];
       }
-    } full;
-    for (int i = 0; i < kBands; ++i) {
-      const BitmapBand b = {
-          full.masks, full.offsets, values + i * kBandValues, kBandValues + kReadAhead, tiles,
-          x,          tokens};
-      float part[kMaxTokens * bitmap::kBandRows];
-      if (const Status status = f(b, part); status != Status::kOk) return status;
-      for (int t = 0; t < tokens; ++t)
-        for (int r = 0; r < bitmap::kBandRows; ++r)
-          sums[t * tiled_csl::kBlockRows + i * bitmap::kBandRows + r] +=
-              part[t * bitmap::kBandRows + r];
     }
-    return Status::kOk;
-  }
-};
+  if (any_inf) flags.non_finite = true;
+}
 
-ffi::Error RunTiledCsl(ffi::ThreadPool& pool, const TiledCslWeight& w, const Activations& x,
+ffi::Error RunDeltaCsr(ffi::ThreadPool& pool, const DeltaCsrWeight& w, const Activations& x,
                        const Output& y) {
-  const BitmapFn f = w.bf16 ? Active().bitmap_bf16 : Active().bitmap_f16;
+  const DeltaCsrFn f = w.bf16 ? Active().delta_csr_bf16 : Active().delta_csr_f16;
   const auto& d = w.dims;
-  const int64_t tiles = bitmap::Dims(w.shards.rows, w.k).tiles;
   std::atomic<bool> out_of_range{false};
   for (int64_t first = 0; first < x.tokens; first += kMaxTokens) {
     const int tokens = static_cast<int>(std::min<int64_t>(kMaxTokens, x.tokens - first));
+    const int width = ItemTokens(tokens);
     const int64_t work = w.shards.count * w.shards.rows * w.k * (1 + tokens / 4);
-    const int64_t packed_tile = bitmap::kSteps * tokens * 32;
-    float* packed = Scratch<float>(tiles * packed_tile);
+    const int64_t block_size = (1 + d.block_cols) * width;
+    float* packed = Scratch<float>(d.blocks * block_size);
     XFlags flags;
-    ParallelFor(pool, Workers(pool, x.k * tokens), tiles, [&](int64_t tile) {
-      PackTile(x, first, tokens, tile, packed + tile * packed_tile, flags,
-               [](float v) { return v; });
+    constexpr int64_t kColumns = 256;
+    const int64_t parts = bitmap::CeilDiv(d.block_cols, kColumns);
+    ParallelFor(pool, Workers(pool, x.k * tokens), d.blocks * parts, [&](int64_t i) {
+      const int64_t block = i / parts, col = i % parts * kColumns;
+      float* to = packed + block * block_size;
+      if (col == 0) std::fill(to, to + width, 0.0f);
+      Transpose(x, first, tokens, width, block * d.block_cols + col,
+                std::min(kColumns, d.block_cols - col), to + (1 + col) * width, flags);
     });
-    ParallelFor(pool, Workers(pool, work), w.shards.count * d.bands, [&](int64_t index) {
-      const int64_t shard = index / d.bands, band = index % d.bands;
-      Slab& slab = *Scratch<Slab>(1);
-      float sums[kMaxTokens * tiled_csl::kBlockRows] = {};
-      for (int64_t block = 0; block < d.blocks; block += kSlabBlocks) {
-        const int64_t tile = block * tiled_csl::kBlockCols / bitmap::kTileCols;
-        Status status = slab.Expand(w, shard, band, block, std::min(block + kSlabBlocks, d.blocks));
-        if (status == Status::kOk)
-          status = slab.Multiply(f, packed + tile * packed_tile, tokens,
-                                 std::min(kSlabTiles, tiles - tile), sums);
-        if (status != Status::kOk) {
-          out_of_range = true;
-          return;
+    ParallelFor(pool, Workers(pool, work), w.shards.count * d.rows, [&](int64_t index) {
+      const int64_t shard = index / d.rows, row = index % d.rows;
+      float sums[kMaxTokens] = {};
+      Status status = Status::kOk;
+      if (flags.non_finite) {
+        status = DenseBand(w, shard, row, x, first, tokens, sums);
+      } else {
+        for (int64_t b = 0; b < d.blocks && status == Status::kOk; ++b) {
+          DeltaCsrItem item;
+          float part[kMaxTokens];
+          status = Status::kOutOfRange;
+          if (!w.Locate(shard, b * d.rows + row, &item)) break;
+          item.x = packed + b * block_size;
+          item.tokens = width;
+          status = f(item, part);
+          for (int t = 0; t < tokens; ++t) sums[t] += part[t];
         }
       }
-      const int64_t row = band * tiled_csl::kBlockRows;
-      const int64_t rows = std::min<int64_t>(tiled_csl::kBlockRows, w.shards.rows - row);
-      for (int t = 0; t < tokens; ++t)
-        y.Store(first + t, shard * w.shards.rows + row, sums + t * tiled_csl::kBlockRows, rows);
+      if (status != Status::kOk) {
+        out_of_range = true;
+        return;
+      }
+      for (int t = 0; t < tokens; ++t) y.Store(first + t, shard * w.shards.rows + row, sums + t, 1);
     });
     if (out_of_range) return Bad(kOutOfRangeMessage);
   }
@@ -482,9 +440,9 @@ ffi::Error RunTiledCsl(ffi::ThreadPool& pool, const TiledCslWeight& w, const Act
 template <typename W>
 ffi::Error RunDecode(ffi::ThreadPool& pool, const W& w, uint16_t* out) {
   std::atomic<bool> out_of_range{false};
-  ParallelFor(pool, Workers(pool, w.shards.count * w.shards.rows * w.k),
-              w.shards.count * w.dims.bands, [&](int64_t index) {
-                const int64_t shard = index / w.dims.bands, band = index % w.dims.bands;
+  ParallelFor(pool, Workers(pool, w.shards.count * w.shards.rows * w.k), w.shards.count * w.bands(),
+              [&](int64_t index) {
+                const int64_t shard = index / w.bands(), band = index % w.bands();
                 const int64_t rows = std::min<int64_t>(W::kRows, w.shards.rows - band * W::kRows);
                 uint16_t* base = out + (shard * w.shards.rows + band * W::kRows) * w.k;
                 std::memset(base, 0, rows * w.k * sizeof(uint16_t));
@@ -502,9 +460,9 @@ template <typename W>
 ffi::Error RunSample(ffi::ThreadPool& pool, const W& w, const uint16_t* dense, uint16_t* out) {
   std::memset(out, 0, w.shards.count * w.shards.capacity * sizeof(uint16_t));
   std::atomic<bool> out_of_range{false};
-  ParallelFor(pool, Workers(pool, w.shards.count * w.shards.rows * w.k),
-              w.shards.count * w.dims.bands, [&](int64_t index) {
-                const int64_t shard = index / w.dims.bands, band = index % w.dims.bands;
+  ParallelFor(pool, Workers(pool, w.shards.count * w.shards.rows * w.k), w.shards.count * w.bands(),
+              [&](int64_t index) {
+                const int64_t shard = index / w.bands(), band = index % w.bands();
                 const int64_t rows = std::min<int64_t>(W::kRows, w.shards.rows - band * W::kRows);
                 const uint16_t* base = dense + (shard * w.shards.rows + band * W::kRows) * w.k;
                 uint16_t* values = out + shard * w.shards.capacity;
@@ -533,18 +491,18 @@ ffi::ErrorOr<BitmapWeight> MakeBitmap(const Words& masks, const Words& offsets, 
 }
 
 template <typename V>
-ffi::ErrorOr<TiledCslWeight> MakeTiledCsl(const Words& index, const Words& offsets, const V& values,
+ffi::ErrorOr<DeltaCsrWeight> MakeDeltaCsr(const Words& index, const Words& offsets, const V& values,
                                           int64_t m, int64_t k) {
   auto shards = CheckValues(values, m, k);
   if (shards.has_error()) return ffi::Unexpected(shards.error());
-  const auto error = CheckTiledCsl(*shards, k, index.element_count(), offsets.element_count());
+  const auto error = CheckDeltaCsr(*shards, k, index.element_count(), offsets.element_count());
   if (error.failure()) return ffi::Unexpected(error);
-  return TiledCslWeight{{*shards, k, values.element_type() == DataType::BF16,
+  return DeltaCsrWeight{{*shards, k, values.element_type() == DataType::BF16,
                          static_cast<const uint16_t*>(values.untyped_data())},
                         index.typed_data(),
                         static_cast<int64_t>(index.element_count()) / shards->count,
                         offsets.typed_data(),
-                        tiled_csl::Dims(shards->rows, k)};
+                        delta_csr::Dims(shards->rows, k)};
 }
 
 ffi::Error CheckOperands(const Shards& s, int64_t k, const AnyBuffer& x, const AnyBuffer& bias,
@@ -581,13 +539,13 @@ ffi::Error SpmmBitmap(ffi::ThreadPool pool, Words masks, Words offsets, AnyBuffe
   return RunBitmap(pool, *w, MakeX(x, k), MakeY(w->shards, *y, bias, activation));
 }
 
-ffi::Error SpmmTiledCsl(ffi::ThreadPool pool, Words index, Words offsets, AnyBuffer values,
+ffi::Error SpmmDeltaCsr(ffi::ThreadPool pool, Words index, Words offsets, AnyBuffer values,
                         AnyBuffer x, AnyBuffer bias, ffi::Result<AnyBuffer> y, int64_t m, int64_t k,
                         int64_t activation) {
-  auto w = MakeTiledCsl(index, offsets, values, m, k);
+  auto w = MakeDeltaCsr(index, offsets, values, m, k);
   if (w.has_error()) return w.error();
   if (auto e = CheckOperands(w->shards, k, x, bias, *y); e.failure()) return e;
-  return RunTiledCsl(pool, *w, MakeX(x, k), MakeY(w->shards, *y, bias, activation));
+  return RunDeltaCsr(pool, *w, MakeX(x, k), MakeY(w->shards, *y, bias, activation));
 }
 
 template <typename W>
@@ -604,9 +562,9 @@ ffi::Error DecodeBitmap(ffi::ThreadPool pool, Words masks, Words offsets, AnyBuf
   return w.has_error() ? w.error() : Decode(pool, *w, *out);
 }
 
-ffi::Error DecodeTiledCsl(ffi::ThreadPool pool, Words index, Words offsets, AnyBuffer values,
+ffi::Error DecodeDeltaCsr(ffi::ThreadPool pool, Words index, Words offsets, AnyBuffer values,
                           ffi::Result<AnyBuffer> out, int64_t m, int64_t k) {
-  auto w = MakeTiledCsl(index, offsets, values, m, k);
+  auto w = MakeDeltaCsr(index, offsets, values, m, k);
   return w.has_error() ? w.error() : Decode(pool, *w, *out);
 }
 
@@ -625,9 +583,9 @@ ffi::Error SampleBitmap(ffi::ThreadPool pool, Words masks, Words offsets, AnyBuf
   return w.has_error() ? w.error() : Sample(pool, *w, dense, *out);
 }
 
-ffi::Error SampleTiledCsl(ffi::ThreadPool pool, Words index, Words offsets, AnyBuffer dense,
+ffi::Error SampleDeltaCsr(ffi::ThreadPool pool, Words index, Words offsets, AnyBuffer dense,
                           ffi::Result<AnyBuffer> out, int64_t m, int64_t k) {
-  auto w = MakeTiledCsl(index, offsets, *out, m, k);
+  auto w = MakeDeltaCsr(index, offsets, *out, m, k);
   return w.has_error() ? w.error() : Sample(pool, *w, dense, *out);
 }
 
@@ -678,10 +636,10 @@ static auto BindUnary() {
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmBitmapCpu, SpmmBitmap, BindSpmm());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmTiledCslCpu, SpmmTiledCsl, BindSpmm());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kSpmmDeltaCsrCpu, SpmmDeltaCsr, BindSpmm());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecodeBitmapCpu, DecodeBitmap, BindUnary());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecodeTiledCslCpu, DecodeTiledCsl, BindUnary());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecodeDeltaCsrCpu, DecodeDeltaCsr, BindUnary());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kSampleBitmapCpu, SampleBitmap, BindUnary());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kSampleTiledCslCpu, SampleTiledCsl, BindUnary());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kSampleDeltaCsrCpu, SampleDeltaCsr, BindUnary());
 
 }  // namespace flashllm

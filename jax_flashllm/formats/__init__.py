@@ -11,7 +11,7 @@ import numpy as np
 from jax_flashllm import _flashllm
 from jax_flashllm.formats import on_gpu
 from jax_flashllm.formats.bitmap import Bitmap
-from jax_flashllm.formats.tiled_csl import TiledCSL
+from jax_flashllm.formats.delta_csr import DeltaCSR
 from jax_flashllm.formats.weight import (
     SparseWeight,
     check_dense,
@@ -21,9 +21,9 @@ from jax_flashllm.formats.weight import (
     words,
 )
 
-__all__ = ["Bitmap", "SparseWeight", "TiledCSL", "encode", "stack"]
+__all__ = ["Bitmap", "DeltaCSR", "SparseWeight", "encode", "stack"]
 
-Format = Literal["auto", "bitmap", "tiled_csl"]
+Format = Literal["auto", "bitmap", "delta_csr"]
 Shards = int | tuple[int, int]  # row blocks, or (row blocks, column blocks)
 
 
@@ -31,21 +31,21 @@ def encode(
     dense: np.ndarray | jax.Array,
     format: Format = "auto",
     shards: Shards = 1,
-) -> Bitmap | TiledCSL:
+) -> Bitmap | DeltaCSR:
     """Encodes a dense matrix, bit for bit, storing every weight whose bits are not all zero.
 
     dense: [M, K] = [out_features, in_features], float16 or bfloat16, NumPy or JAX. What lies on
         one CUDA device is encoded there, and the result stays there. All else is encoded on the
         host, and the result lies on JAX's default device. Both make the same bits.
-    format: "auto" takes the one that is smaller at this density where the nonzeros are spread
-        evenly: a bitmap from 1/16 up.
+    format: "auto" takes the one that is smaller for this density and K where the nonzeros are
+        spread evenly: Delta-CSR for a large K and up to about 1/9 of the weights.
     shards: row blocks, so that the result can lie on as many devices; or a pair (row blocks,
         column blocks). `jax_flashllm.shard` lays out and places in one go.
 
     -0.0 is stored, as its bits are not all zero. `w * mask` makes many: where more than one weight
     in a hundred is -0.0, a UserWarning says so. `jnp.where(mask, w, 0)` and `w + 0` make none.
 
-    Returns a `Bitmap` or a `TiledCSL`. Raises TypeError for other dtypes and under tracing,
+    Returns a `Bitmap` or a `DeltaCSR`. Raises TypeError for other dtypes and under tracing,
     ValueError for other ranks, empty matrices, or `shards` out of range, and JAX's own
     JaxRuntimeError, RESOURCE_EXHAUSTED, where the device has no room.
     """
@@ -80,23 +80,23 @@ def _sample_step(dense) -> int:
 
 
 def _check_format(format: str) -> None:
-    if format not in ("auto", "bitmap", "tiled_csl"):
-        raise ValueError(f"encode: format must be auto, bitmap or tiled_csl, got {format!r}")
+    if format not in ("auto", "bitmap", "delta_csr"):
+        raise ValueError(f"encode: format must be auto, bitmap or delta_csr, got {format!r}")
 
 
 def encode_on_host(
     dense: np.ndarray | jax.Array, format: Format = "auto", shards: Shards = 1
-) -> Bitmap | TiledCSL:
+) -> Bitmap | DeltaCSR:
     """`encode` to NumPy buffers: calls no JAX, so callbacks may use it."""
     _check_format(format)
     rows, columns = check_dense(dense, shards)
     host = np.ascontiguousarray(dense)
     bits = words(host)
     if format == "auto":
-        format = smaller_format(np.count_nonzero(bits) / bits.size)
+        format = smaller_format(np.count_nonzero(bits) / bits.size, -(-bits.shape[1] // columns))
     encoder, cls = {
         "bitmap": (_flashllm.encode_bitmap, Bitmap),
-        "tiled_csl": (_flashllm.encode_tiled_csl, TiledCSL),
+        "delta_csr": (_flashllm.encode_delta_csr, DeltaCSR),
     }[format]
 
     def encoded(block, rows):
@@ -149,13 +149,13 @@ def join(blocks: list[SparseWeight], shape: tuple[int, int], grid: tuple[int, in
 
 
 def pad(w: SparseWeight, values: int, index: int) -> SparseWeight:
-    """The same NumPy or JAX weight with room for so many values and, in Tiled-CSL, index words."""
+    """The same NumPy or JAX weight with room for so many values and, in Delta-CSR, index words."""
 
     def longer(leaf, size):
         xp = np if isinstance(leaf, np.ndarray) else jnp
         return xp.pad(leaf, ((0, 0), (0, size - leaf.shape[-1])))
 
-    if isinstance(w, TiledCSL):
+    if isinstance(w, DeltaCSR):
         w = dataclasses.replace(w, index=longer(w.index, index))
     return dataclasses.replace(w, values=longer(w.values, values))
 

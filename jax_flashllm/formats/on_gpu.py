@@ -20,9 +20,9 @@ import numpy as np
 from jax import lax
 
 from jax_flashllm import _flashllm
-from jax_flashllm.formats import bitmap, tiled_csl
+from jax_flashllm.formats import bitmap, delta_csr
 from jax_flashllm.formats.bitmap import Bitmap
-from jax_flashllm.formats.tiled_csl import CHUNK, TiledCSL
+from jax_flashllm.formats.delta_csr import DeltaCSR
 from jax_flashllm.formats.weight import VECTOR, check_free, smaller_format
 
 _MOST_NONZEROS = 1 << 35  # of a shard: offsets count vectors in 32 bits
@@ -45,10 +45,10 @@ def lies_on_gpu(dense: Any) -> TypeGuard[jax.Array]:
 
 def encode(
     dense: jax.Array,
-    format: Literal["auto", "bitmap", "tiled_csl"],
+    format: Literal["auto", "bitmap", "delta_csr"],
     grid: tuple[int, int],
     step: int,
-) -> tuple[Bitmap | TiledCSL, int]:
+) -> tuple[Bitmap | DeltaCSR, int]:
     """The buffers that the host's encoders make, on the device of `dense`.
 
     And how many -0.0 every `step`th row has in all.
@@ -70,21 +70,19 @@ def encode(
 
     known, told = counted(nonzeros=auto)
     read = np.asarray(told)
-    if auto and smaller_format(read[S:-1].sum(dtype=np.int64) / dense.size) == "tiled_csl":
-        format = "tiled_csl"
+    if auto and smaller_format(read[S:-1].sum(dtype=np.int64) / dense.size, cols) == "delta_csr":
+        format = "delta_csr"
         known, told = counted()
         read = np.asarray(told)
     if format == "bitmap":
         values, index = VECTOR * max(read[:S].tolist()), 0
     else:
-        ends = read[: 2 * S].reshape(S, 2).tolist()
-        values = max(CHUNK * chunks + VECTOR * tails for chunks, tails in ends)
-        index = max(CHUNK // 8 * chunks + VECTOR // 2 * tails for chunks, tails in ends)
+        raise NotImplementedError
     sizes = {"capacity": allocated(values, VECTOR), "index_capacity": allocated(index, VECTOR // 2)}
     check_free(_new(dense.shape, dense.dtype, format, grid, **sizes), device)
     *index_of, stored = fill(known, dense, format=format, grid=grid, **sizes)
     *masks, offsets = known
-    cls = Bitmap if format == "bitmap" else TiledCSL
+    cls = Bitmap if format == "bitmap" else DeltaCSR
     return cls(offsets, stored, (M, K), *masks, *index_of, grid=grid), int(read[-1])
 
 
@@ -123,7 +121,7 @@ def _known(shape, format, grid) -> tuple[jax.ShapeDtypeStruct, ...]:
     if format == "bitmap":
         bands, tiles, blocks = bitmap.grid_of(rows, cols)
         return _words(S, bands, tiles, 32), _words(S, bands * blocks + 1)
-    bands, blocks = tiled_csl.grid_of(rows, cols)
+    bands, blocks = delta_csr.grid_of(rows, cols)
     return (_words(S, bands * blocks + 1, 2),)
 
 

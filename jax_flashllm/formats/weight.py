@@ -24,9 +24,6 @@ W = TypeVar("W", bound="SparseWeight")
 
 HALF_DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 VECTOR = 8  # values a unit of `offsets`
-# A bitmap costs 16 d + 1 bits a weight; Tiled-CSL 20 d and padding, or 32 d where that is less,
-# as it is from d = 1/16 down: equal there.
-_CROSSOVER_DENSITY = 1 / 16
 
 
 def register(cls: type[W]) -> type[W]:
@@ -54,7 +51,7 @@ def words(x: np.ndarray | jax.Array) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class SparseWeight:
-    """An encoded matrix W [M, K] of float16 or bfloat16; see `Bitmap` and `TiledCSL`."""
+    """An encoded matrix W [M, K] of float16 or bfloat16; see `Bitmap` and `DeltaCSR`."""
 
     offsets: jax.Array
     values: jax.Array
@@ -64,7 +61,8 @@ class SparseWeight:
         default=None, kw_only=True, metadata={"static": True}
     )
 
-    format: ClassVar[Literal["bitmap", "tiled_csl"]]
+    format: ClassVar[Literal["bitmap", "delta_csr"]]
+    unit: ClassVar[int] = VECTOR  # values that a shard's room for them is a multiple of
 
     # Without this NumPy would take `x @ w` apart element by element.
     __array_ufunc__ = None
@@ -279,10 +277,10 @@ class SparseWeight:
                 f"{type(self).__name__}: {self.shards} shards are no part of {R} row and {C} "
                 "column blocks; a mesh axis must divide them"
             )
-        if (capacity := self.values.shape[-1]) % VECTOR or not capacity:
+        if (capacity := self.values.shape[-1]) % self.unit or not capacity:
             raise ValueError(
-                f"{type(self).__name__} of shape {list(self.shape)}: values has room for {capacity}"
-                f" a shard, expected a multiple of {VECTOR}; make weights with jax_flashllm.encode"
+                f"{type(self).__name__} of shape {list(self.shape)}: values has room for {capacity} a "
+                f"shard, expected a multiple of {self.unit}; make weights with jax_flashllm.encode"
             )
         for name, (shape, dtype) in expected.items():
             got = getattr(self, name)
@@ -386,5 +384,23 @@ def check_dense(dense, shards: int | tuple[int, int]) -> tuple[int, int]:
     return int(blocks[0]), int(blocks[1])
 
 
-def smaller_format(density: float) -> Literal["bitmap", "tiled_csl"]:
-    return "bitmap" if density >= _CROSSOVER_DENSITY else "tiled_csl"
+def smaller_format(density: float, columns: int) -> Literal["bitmap", "delta_csr"]:
+    """The format that takes fewer bytes for a shard with so many columns, nonzeros spread evenly.
+
+    A bitmap's row takes 2 bytes a nonzero, 1/8 a column, and alignment. One of Delta-CSR takes in
+    each of its blocks 68 bytes, and 320 (codes of 4 bits) or 384 a group of 128 entries: nonzeros,
+    whose number varies from row to row, and fillers, one for each whole 15 or 127 columns of a gap.
+    """
+    blocks = -(-columns // 12288)
+    n, zero = density * columns / blocks, 1 - density
+    spread = math.sqrt(2 * n * zero) + 1e-9
+
+    def bytes_with(filler: int, group: int) -> float:
+        entries = n if density == 0 else n * (1 + zero ** (filler - 1) / (1 - zero**filler))
+        most = int((entries + 6 * spread) / 128) + 1
+        # A group is there where the entries are more than all before it hold.
+        groups = sum(math.erfc((128 * g + 0.5 - entries) / spread) / 2 for g in range(most))
+        return blocks * (68 + group * groups)
+
+    bitmap = 2 * density * columns + columns * 1.02 / 8
+    return "delta_csr" if min(bytes_with(15, 320), bytes_with(127, 384)) < bitmap else "bitmap"

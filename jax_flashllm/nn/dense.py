@@ -5,7 +5,7 @@
 The weight is three Variables, so that NNX's filters and optimizers see only what is trained:
 
     kernel          nnx.Param    half   [S, capacity]   the stored values
-    kernel_index    SparseIndex  uint   Bitmap.masks or TiledCSL.index
+    kernel_index    SparseIndex  uint   Bitmap.masks or DeltaCSR.index
     kernel_offsets  SparseIndex  uint32
     kernel_grid     SparseIndex  uint32 [2]        row and column blocks, where columns are cut
 """
@@ -53,7 +53,7 @@ class SparseDense(nnx.Module):
         float32 x stays float32 with a 16-bit weight. Sums are in float32 whatever it is, and
         the weight is never rounded to it.
     param_dtype: float16 or bfloat16, of the weight and of the initial bias.
-    format: "auto", "bitmap" or "tiled_csl", as in `jax_flashllm.encode`.
+    format: "auto", "bitmap" or "delta_csr", as in `jax_flashllm.encode`.
     shards: row blocks of the weight, or (row blocks, column blocks); by default one a device of
         the mesh axes in its annotation.
     kernel_metadata, bias_metadata: as nnx.Linear's. Sharding annotations, here or in

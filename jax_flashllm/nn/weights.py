@@ -11,16 +11,18 @@ import numpy as np
 
 from jax_flashllm.formats import (
     Bitmap,
+    DeltaCSR,
     Format,
     Shards,
     SparseWeight,
-    TiledCSL,
     encode,
     encode_on_host,
     pad,
     smaller_format,
     stack,
 )
+from jax_flashllm.formats.delta_csr import BASE_WORDS
+from jax_flashllm.formats.on_gpu import allocated
 from jax_flashllm.formats.weight import HALF_DTYPES, VECTOR
 
 Mask = np.ndarray | jax.Array
@@ -65,7 +67,8 @@ def encode_kernel(
     if w.ndim == 2:
         return encode(w, format, shards)
     if format == "auto":  # a stack has one format: the one that suits the whole
-        format = smaller_format(np.count_nonzero(w) / w.size)
+        blocks = shards[1] if isinstance(shards, tuple) else 1
+        format = smaller_format(np.count_nonzero(w) / w.size, -(-w.shape[-1] // blocks))
     return stack([encode(layer, format, shards) for layer in w])
 
 
@@ -82,16 +85,15 @@ def initial_weight(
     K, M = kernel.shape
     kept = K - round(sparsity * K)
     if format == "auto":
-        format = smaller_format(kept / K)
-    # An encoded zero matrix has the right sizes but for the values and Tiled-CSL's index. Each of
-    # its blocks may end in a part of a vector.
+        format = smaller_format(kept / K, -(-K // (shards[1] if isinstance(shards, tuple) else 1)))
+    # An encoded zero matrix has the right sizes but for the values and Delta-CSR's index.
     empty = encode_on_host(np.zeros((M, K), dtype), format, shards)
-    vectors = -(-empty.shard_rows * kept // VECTOR) + empty.offsets.shape[1] - 1
-    room = vectors * VECTOR, vectors * VECTOR // 2
-    if format == "tiled_csl":
-        # Tails alone would take 16 bytes of values and 16 of index a vector. Chunks are there
-        # only where both together are less, and four fifths of a chunk are values.
-        room = -(-vectors * 8 // 5) * VECTOR, room[1]
+    if isinstance(empty, DeltaCSR):
+        values, index = empty.most(kept)
+    else:  # each of its blocks may end in a part of a vector
+        vectors = -(-empty.shard_rows * kept // VECTOR) + empty.offsets.shape[1] - 1
+        values, index = vectors * VECTOR, 0
+    room = allocated(values, empty.unit), allocated(index, BASE_WORDS)
     empty = pad(empty, *room)
 
     def on_host(kernel):
@@ -174,9 +176,9 @@ def rebuild(
     if np.dtype(index.dtype) != np.uint32:
         raise ValueError(
             f"SparseDense: kernel_index is {index.dtype}, expected uint32 (the masks of a Bitmap, "
-            "or the index of a TiledCSL)"
+            "or the index of a DeltaCSR)"
         )
-    cls = TiledCSL if index.ndim == values.ndim else Bitmap
+    cls = DeltaCSR if index.ndim == values.ndim else Bitmap
     return cls(offsets, values, shape, index, grid=grid or (values.shape[-2], 1))
 
 

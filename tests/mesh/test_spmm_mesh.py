@@ -85,7 +85,7 @@ def test_collectives(kind, case):
 
 
 @both
-@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("format", ["bitmap", "delta_csr"])
 def test_three_axes(kind, format):
     mesh = mesh_of(kind, (2, 2, 2), "abc")
     w = jf.shard(jf.encode(W, format), mesh, "a", "b")
@@ -377,7 +377,7 @@ def test_forward_mode_and_decode(kind):
 # ---- layouts ----
 
 
-@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("format", ["bitmap", "delta_csr"])
 @pytest.mark.parametrize("start", [(1, 1), (4, 1), (1, 8), (2, 4)])
 @pytest.mark.parametrize(
     "rows_columns", [("a", None), ("b", "a"), (None, ("a", "b")), (None, None)]

@@ -24,7 +24,7 @@ from jax_flashllm.nn import SparseDense, restore, sparsify
 M, K, T = 256, 512, 8
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 both = pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-formats = pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+formats = pytest.mark.parametrize("format", ["bitmap", "delta_csr"])
 
 
 def integers(shape, seed, density=1.0):
