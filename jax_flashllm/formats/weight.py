@@ -279,8 +279,9 @@ class SparseWeight:
             )
         if (capacity := self.values.shape[-1]) % self.unit or not capacity:
             raise ValueError(
-                f"{type(self).__name__} of shape {list(self.shape)}: values has room for {capacity} a "
-                f"shard, expected a multiple of {self.unit}; make weights with jax_flashllm.encode"
+                f"{type(self).__name__} of shape {list(self.shape)}: values has room for {capacity}"
+                f" a shard, expected a multiple of {self.unit}; "
+                "make weights with jax_flashllm.encode"
             )
         for name, (shape, dtype) in expected.items():
             got = getattr(self, name)

@@ -23,7 +23,7 @@ from jax_flashllm.formats import (
 )
 from jax_flashllm.formats.delta_csr import BASE_WORDS
 from jax_flashllm.formats.on_gpu import allocated
-from jax_flashllm.formats.weight import HALF_DTYPES, VECTOR
+from jax_flashllm.formats.weight import HALF_DTYPES, VECTOR, check_dense
 
 Mask = np.ndarray | jax.Array
 
@@ -67,7 +67,7 @@ def encode_kernel(
     if w.ndim == 2:
         return encode(w, format, shards)
     if format == "auto":  # a stack has one format: the one that suits the whole
-        blocks = shards[1] if isinstance(shards, tuple) else 1
+        _, blocks = check_dense(w[0], shards)
         format = smaller_format(np.count_nonzero(w) / w.size, -(-w.shape[-1] // blocks))
     return stack([encode(layer, format, shards) for layer in w])
 
@@ -84,10 +84,12 @@ def initial_weight(
         raise ValueError(f"SparseDense: sparsity must be from 0 to 1, got {sparsity}")
     K, M = kernel.shape
     kept = K - round(sparsity * K)
+    zeros = np.zeros((M, K), dtype)
     if format == "auto":
-        format = smaller_format(kept / K, -(-K // (shards[1] if isinstance(shards, tuple) else 1)))
+        _, blocks = check_dense(zeros, shards)
+        format = smaller_format(kept / K, -(-K // blocks))
     # An encoded zero matrix has the right sizes but for the values and Delta-CSR's index.
-    empty = encode_on_host(np.zeros((M, K), dtype), format, shards)
+    empty = encode_on_host(zeros, format, shards)
     if isinstance(empty, DeltaCSR):
         values, index = empty.most(kept)
     else:  # each of its blocks may end in a part of a vector
