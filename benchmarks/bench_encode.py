@@ -71,7 +71,7 @@ def main():
         for sparsity in args.sparsity:
             m, k = map(int, shape.split("x"))
             dense = random_bits(m, k, sparsity, 0).block_until_ready()
-            for format in ("bitmap", "tiled_csl"):
+            for format in ("bitmap", "delta_csr"):
                 before, highest = (
                     memory().get(name, 0) for name in ("bytes_in_use", "peak_bytes_in_use")
                 )

@@ -21,13 +21,13 @@ import torch
 
 from jax_flashllm import plan as planning
 from jax_flashllm.formats.bitmap import grid_of
-from jax_flashllm.formats.tiled_csl import grid_of as csl_grid_of
+from jax_flashllm.formats.delta_csr import grid_of as delta_grid_of
 
 ROTATE_BYTES = 300 << 20
 REPLAYS, MOST_MS = 12, 15  # fewer replays, but 4, where they take longer
 SHAPES = ((28672, 7168), (9216, 36864), (7168, 7168), (21504, 7168), (7168, 28672))
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-FORMATS = ("bitmap", "tiled_csl")
+FORMATS = ("bitmap", "delta_csr")
 
 
 # ---- timing ----
@@ -112,12 +112,12 @@ class Library:
             self.check(self.lib.flashllm_count(*where, *what, index.data_ptr(), offsets.data_ptr()))
             values = empty(8 * int(offsets[-1]), torch.int16)
         else:
-            bands, blocks = csl_grid_of(m, k)
-            offsets = torch.empty(bands * blocks + 1, 2, device="cuda", dtype=torch.int32)
+            items = m * delta_grid_of(k)[0]
+            offsets = torch.empty(items + 2, device="cuda", dtype=torch.int32)
             self.check(self.lib.flashllm_count(*where, *what, None, offsets.data_ptr()))
-            chunks, tails = map(int, offsets[-1])
-            values = empty(256 * chunks + 8 * tails, torch.int16)
-            index = empty(32 * chunks + 4 * tails, torch.int32)
+            groups, bits = map(int, offsets[-2:])
+            values = empty(128 * groups, torch.int16)
+            index = empty(16 * items + 4 * bits * groups, torch.int32)
         sizes = values.numel(), index.numel()
         buffers = (t.data_ptr() for t in (index, offsets, values))
         self.check(self.lib.flashllm_fill(*where, *what, *sizes, *buffers))

@@ -1,10 +1,10 @@
 """Encoding where the dense matrix lies: two programs, since its nonzeros decide the result's size.
 
-    count   dense                  -> a bitmap's masks and offsets, or Tiled-CSL's offsets
-            the host reads where the offsets end, and what else is counted, as one array that the
+    count   dense                  -> a bitmap's masks and offsets, or Delta-CSR's offsets
+            the host reads the last offsets, and what else is counted, as one array that the
             program itself puts into pinned host memory: to copy it later takes 0.3 ms, longer
             than all else for small matrices
-    fill    dense, offsets, masks  -> values, and Tiled-CSL's index
+    fill    dense, offsets, masks  -> values, and Delta-CSR's index
 
 Neither needs memory besides its results. csrc/cuda/encode.cu has the kernels; their targets are
 registered by kernel.py, with all others.
@@ -22,7 +22,7 @@ from jax import lax
 from jax_flashllm import _flashllm
 from jax_flashllm.formats import bitmap, delta_csr
 from jax_flashllm.formats.bitmap import Bitmap
-from jax_flashllm.formats.delta_csr import DeltaCSR
+from jax_flashllm.formats.delta_csr import BASE_WORDS, GROUP, DeltaCSR
 from jax_flashllm.formats.weight import VECTOR, check_free, smaller_format
 
 _MOST_NONZEROS = 1 << 35  # of a shard: offsets count vectors in 32 bits
@@ -75,10 +75,19 @@ def encode(
         known, told = counted()
         read = np.asarray(told)
     if format == "bitmap":
-        values, index = VECTOR * max(read[:S].tolist()), 0
+        sizes = {
+            "capacity": allocated(VECTOR * max(read[:S].tolist()), VECTOR),
+            "index_capacity": 0,
+        }
     else:
-        raise NotImplementedError
-    sizes = {"capacity": allocated(values, VECTOR), "index_capacity": allocated(index, VECTOR // 2)}
+        ends = read[: 2 * S].reshape(S, 2).tolist()
+        values = GROUP * max(groups for groups, _ in ends)
+        bases = BASE_WORDS * delta_csr.grid_of(cols)[0] * rows
+        index = bases + GROUP // 32 * max(groups * bits for groups, bits in ends)
+        sizes = {
+            "capacity": allocated(values, GROUP),
+            "index_capacity": allocated(index, BASE_WORDS),
+        }
     check_free(_new(dense.shape, dense.dtype, format, grid, **sizes), device)
     *index_of, stored = fill(known, dense, format=format, grid=grid, **sizes)
     *masks, offsets = known
@@ -97,10 +106,10 @@ def allocated(needed: int, unit: int) -> int:
 @partial(jax.jit, static_argnames=("format", "grid", "step", "nonzeros"))
 def count(dense, *, format, grid, step, nonzeros=False):
     """What is known before the values are, (masks, offsets) or (offsets,); and what the host reads:
-    where each shard's offsets end; with `nonzeros` those of each band of a bitmap; and how many
-    -0.0 every `step`th row has in all."""
+    the last of each shard's offsets, of Delta-CSR two; with `nonzeros` those of each band of a
+    bitmap; and how many -0.0 every `step`th row has in all."""
     known = _call(f"count_{format}", _known(dense.shape, format, grid), dense, grid=grid)
-    told = [known[-1][:, -1].reshape(-1)]
+    told = [known[-1][:, -1 if format == "bitmap" else -2 :].reshape(-1)]
     if nonzeros:
         told.append(lax.population_count(known[0]).sum((2, 3), dtype=jnp.uint32).reshape(-1))
     some = lax.bitcast_convert_type(dense[::step], jnp.uint16)
@@ -110,7 +119,7 @@ def count(dense, *, format, grid, step, nonzeros=False):
 
 @partial(jax.jit, static_argnames=("format", "grid", "capacity", "index_capacity"))
 def fill(known, dense, *, format, grid, capacity, index_capacity):
-    """(values,), or (index, values) of Tiled-CSL."""
+    """(values,), or (index, values) of Delta-CSR."""
     new = _new(dense.shape, dense.dtype, format, grid, capacity, index_capacity)
     return _call(f"fill_{format}", new, *known, dense, grid=grid)
 
@@ -121,8 +130,8 @@ def _known(shape, format, grid) -> tuple[jax.ShapeDtypeStruct, ...]:
     if format == "bitmap":
         bands, tiles, blocks = bitmap.grid_of(rows, cols)
         return _words(S, bands, tiles, 32), _words(S, bands * blocks + 1)
-    bands, blocks = delta_csr.grid_of(rows, cols)
-    return (_words(S, bands * blocks + 1, 2),)
+    blocks, _ = delta_csr.grid_of(cols)
+    return (_words(S, blocks * rows + 2),)
 
 
 @lru_cache

@@ -93,7 +93,7 @@ def run(case: str) -> None:
         dense = np.where(rng.random((4096, 4096), np.float32) < 0.3, np.float16(1.5), np.float16(0))
         if "device" in case:
             dense = jax.device_put(dense)
-        format = "bitmap" if "bitmap" in case else "tiled_csl"
+        format = "bitmap" if "bitmap" in case else "delta_csr"
         exhausts(
             case,
             lambda: jax.block_until_ready(jf.encode(dense, format)),
@@ -112,7 +112,7 @@ def run(case: str) -> None:
 
 
 CASES = ["encode of the host's to bitmap", "encode on the device to bitmap",
-         "encode on the device to tiled_csl", "encode on the device to bitmap, refused by XLA",
+         "encode on the device to delta_csr", "encode on the device to bitmap, refused by XLA",
          "load", "load, refused by XLA", "generate", "generate, refused by XLA"]  # fmt: skip
 
 
