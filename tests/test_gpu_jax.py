@@ -1,5 +1,6 @@
 """Products on the GPU under JAX's transformations, in command buffers, on damaged buffers."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -118,26 +119,37 @@ def test_two_devices():
         np.testing.assert_array_equal(np.asarray(y), dense_product(x, dense))
 
 
-def test_garbage_stays_inside_the_buffers():
-    """Offsets, masks, codes and positions that lie give wrong numbers, never a fault."""
-    import dataclasses
-
-    dense = sparse_matrix((200, 600), np.float16, 0.5)
-    x = jnp.asarray(normals((4, 600), np.float16))
+@pytest.mark.parametrize("format", FORMATS)
+def test_garbage_stays_inside_the_buffers(format):
+    """Offsets, masks, bases and codes that lie give wrong numbers, never a fault."""
+    dense = sparse_matrix((60, 15000), np.float16, 0.2)  # two blocks of Delta-CSR
+    w = jax_flashllm.encode(dense, format=format)
     rng = np.random.default_rng(0)
-    for format in FORMATS:
-        w = jax_flashllm.encode(dense, format=format)
-        noise = jnp.asarray(rng.integers(0, 2**32, w.offsets.shape, dtype=np.uint32))
-        broken = dataclasses.replace(w, offsets=noise)
-        if format == "bitmap":
-            broken = [dataclasses.replace(broken, masks=jnp.full_like(w.masks, 2**32 - 1))]
-        else:
-            broken = [broken, dataclasses.replace(w, index=jnp.full_like(w.index, 2**32 - 1))]
-        for f, b in itertools.product((lambda w: jax_flashllm.spmm(w, x), decode), broken):
-            jax.block_until_ready(jax.jit(f)(b))
-        for n in (20, 64, 128, 300):
-            many = jnp.ones((n, 600), jnp.float16)
-            for b in broken:
-                jax.block_until_ready(jax.jit(jax_flashllm.spmm)(b, many))
-    ok = jax_flashllm.encode(dense, format="bitmap")
-    assert_product(multiply(ok, x), x, dense)
+
+    def noise(like):
+        return jnp.asarray(rng.integers(0, 2**32, like.shape, dtype=np.uint32))
+
+    offsets = noise(w.offsets)
+    if format == "bitmap":
+        buffers = [{"offsets": offsets, "masks": jnp.full_like(w.masks, 2**32 - 1)}]
+    else:
+        ones, codes = jnp.full_like(w.index, 2**32 - 1), noise(w.index)
+        width = w.offsets[0, -1]
+        other = w.offsets.at[:, -1].set(12 - width), w.offsets.at[:, -1].set(2**32 - 1)
+        shift = w.offsets.at[:, :-1].add(5)
+        buffers = [{"offsets": o} for o in (offsets, shift, *other)]
+        buffers += [{"index": i} for i in (ones, codes)]
+        buffers += [{"offsets": o, "index": codes} for o in other]
+    broken = [dataclasses.replace(w, **b) for b in buffers]
+
+    def gradient(w, x):
+        return jax.grad(lambda v: jax_flashllm.spmm(w.with_values(v), x).sum())(w.values)
+
+    for n in (1, 2, 3, 8, 20, 64, 128, 300):
+        x = jnp.asarray(normals((n, 15000), np.float16))
+        for f, b in itertools.product((jax_flashllm.spmm, gradient), broken):
+            jax.block_until_ready(jax.jit(f)(b, x))
+    for b in broken:
+        jax.block_until_ready(jax.jit(decode)(b))
+    x = normals((4, 15000), np.float16)
+    assert_product(multiply(w, x), x, dense)
