@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from jax_flashllm.formats.weight import delta_csr_row_bytes
 from jax_flashllm.models.config import OPTConfig, is_linear
 from jax_flashllm.plan import DENSE_TOKENS
 
@@ -54,6 +55,11 @@ def bitmap_bytes(rows: int, columns: int, nonzeros: float) -> int:
     return int(2 * nonzeros + masks + bands * blocks * (4 + 7) + 4)
 
 
+def delta_csr_bytes(rows: int, columns: int, nonzeros: float) -> int:
+    """Of a `formats.DeltaCSR` in 16 bits whose nonzeros are spread evenly."""
+    return int(rows * delta_csr_row_bytes(nonzeros / (rows * columns), columns))
+
+
 def held_bytes(
     name: str, shape: tuple[int, ...], dtype: np.dtype, is_sparse: bool, nonzeros: int
 ) -> int:
@@ -70,10 +76,11 @@ def matrices(config: OPTConfig) -> list[tuple[int, int]]:
     return [(3 * H, H), (H, H), (F, H), (H, F)]
 
 
-def weight_bytes(config: OPTConfig, sparsity: float | None) -> int:
-    """Of a model with 16-bit weights, those of its layers at `sparsity` as bitmaps or dense."""
+def weight_bytes(config: OPTConfig, sparsity: float | None, format: str = "bitmap") -> int:
+    """Of a model with 16-bit weights, those of its layers at `sparsity` or, if None, dense."""
+    encoded = delta_csr_bytes if format == "delta_csr" else bitmap_bytes
     layer = sum(
-        2 * m * k if sparsity is None else bitmap_bytes(m, k, (1 - sparsity) * m * k)
+        2 * m * k if sparsity is None else encoded(m, k, (1 - sparsity) * m * k)
         for m, k in matrices(config)
     )
     return config.num_hidden_layers * layer + other_bytes(config)

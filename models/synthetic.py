@@ -1,7 +1,8 @@
 """Random models of any OPT size, made on the device layer by layer, to measure and not to talk to.
 
 Every matrix has buffers of its own, drawn there: no checkpoint, and nothing passes the host. Masks
-are Bernoulli, so tiles differ as those of a pruned model do; values are +-[2^-6, 2^-5), even.
+are Bernoulli, so tiles differ as those of a pruned model do; values are +-[2^-6, 2^-5), even. A
+bitmap is drawn as it is, Delta-CSR is encoded from one dense matrix at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jax_flashllm.formats import Bitmap
+from jax_flashllm.formats import Bitmap, SparseWeight, encode
 from jax_flashllm.formats.bitmap import BAND_ROWS, BLOCK_TILES, TILE_COLS
 from jax_flashllm.formats.weight import VECTOR
 from jax_flashllm.models.config import OPTConfig
@@ -31,12 +32,14 @@ _BITS = {
 _PROBABILITY_BITS = 16
 
 
-def synthesize(config: OPTConfig, sparsity: float | None, dtype: Any, seed: int = 0) -> OPT:
-    """A model whose layers are `sparsity` sparse bitmaps, or dense where it is None.
+def synthesize(
+    config: OPTConfig, sparsity: float | None, dtype: Any, seed: int = 0, format: str = "bitmap"
+) -> OPT:
+    """A model whose layers are `sparsity` sparse, or dense where it is None.
 
-    dtype: float16 or bfloat16, of weights and activations.
+    dtype: float16 or bfloat16, of weights and activations.   format: "bitmap" or "delta_csr".
     """
-    maker = _Maker(sparsity, dtype, seed, config.layer_norm_elementwise_affine)
+    maker = _Maker(sparsity, dtype, seed, config.layer_norm_elementwise_affine, format)
     model = OPT(config, make=maker, dtype=dtype)
     maker.check()
     return model
@@ -45,8 +48,16 @@ def synthesize(config: OPTConfig, sparsity: float | None, dtype: Any, seed: int 
 class _Maker:
     """A maker (`opt.Maker`) of random parts."""
 
-    def __init__(self, sparsity: float | None, dtype: Any, seed: int, affine: bool = True):
+    def __init__(
+        self,
+        sparsity: float | None,
+        dtype: Any,
+        seed: int,
+        affine: bool = True,
+        format: str = "bitmap",
+    ):
         self.sparsity, self.dtype, self.affine = sparsity, np.dtype(dtype), affine
+        self.format = format
         # XLA's own generator: threefry takes longer to compile and to run.
         self.key = jax.random.key(seed, impl="rbg")
         self.room: list[tuple[jax.Array, int]] = []
@@ -54,7 +65,7 @@ class _Maker:
     def linear(self, names: list[str], in_features: int, out_features: int, bias: bool):
         b = self._values(1, out_features)[0] if bias else None
         if self.sparsity is not None and "." in names[0]:
-            w = self._bitmap(out_features, in_features)
+            w = self._sparse(out_features, in_features)
             return SparseDense.from_encoded(w, b, self.dtype)
         kernel = self._values(in_features, out_features)
         return nnx.Linear(
@@ -90,6 +101,12 @@ class _Maker:
     def _values(self, rows: int, columns: int) -> jax.Array:
         return _values(self._next(), (rows, columns), self.dtype.name)
 
+    def _sparse(self, M: int, K: int) -> SparseWeight:
+        if self.format == "bitmap":
+            return self._bitmap(M, K)
+        kept = round((1 - (self.sparsity or 0.0)) * 2**_PROBABILITY_BITS)
+        return encode(_dense(self._next(), (M, K), self.dtype.name, kept), self.format)
+
     def _bitmap(self, M: int, K: int) -> Bitmap:
         density = 1 - (self.sparsity or 0.0)
         masks, offsets = _index(self._next(), M, K, round(density * 2**_PROBABILITY_BITS))
@@ -119,6 +136,15 @@ def _values(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     mask, exponent = _BITS[np.dtype(dtype)]
     words = jax.random.bits(key, shape, jnp.uint16) & jnp.uint16(mask) | jnp.uint16(exponent)
     return lax.bitcast_convert_type(words, np.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _dense(key: jax.Array, shape: tuple[int, int], dtype: str, threshold: jax.Array) -> jax.Array:
+    """[M, K], each weight other than +0 with probability threshold / 2^16."""
+    drawn, kept = jax.random.split(key)
+    values = _values(drawn, shape, dtype)
+    words = jax.random.bits(kept, shape, jnp.uint16).astype(jnp.int32)
+    return jnp.where(words < threshold, values, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -205,6 +205,13 @@ def test_drawn_bitmaps_are_bitmaps_of_that_sparsity(shape, sparsity, dtype):
     np.testing.assert_allclose(jax_flashllm.spmm(w, x), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.999])
+def test_drawn_delta_csr_is_of_that_sparsity(sparsity):
+    w = synthetic._Maker(sparsity, jnp.float16, 1, format="delta_csr")._sparse(100, 300)
+    assert isinstance(w, jax_flashllm.DeltaCSR)
+    assert abs(w.sparsity - sparsity) < 5 * (0.25 / 30000) ** 0.5
+
+
 def test_a_matrix_that_outgrew_its_room_is_noticed():
     maker = synthetic._Maker(0.5, jnp.float16, 1)
     w = maker._bitmap(64, 256)
@@ -213,17 +220,20 @@ def test_a_matrix_that_outgrew_its_room_is_noticed():
         maker.check()
 
 
-@pytest.mark.parametrize("sparsity", [0.7, None])
+@pytest.mark.parametrize(
+    ("sparsity", "format"), [(0.7, "bitmap"), (0.9, "delta_csr"), (None, "bitmap")]
+)
 @pytest.mark.parametrize("variant", ["plain", "projections", "untied", "bare"])
-def test_weight_bytes_are_those_of_the_model(variant, sparsity):
+def test_weight_bytes_are_those_of_the_model(variant, sparsity, format):
     config = OPTConfig.from_dict(tiny_opt.config(variant, hidden_size=256, ffn_dim=512))
     config = dataclasses.replace(
         config, word_embed_proj_dim=256 if variant != "projections" else 64
     )
-    model = synthetic.synthesize(config, sparsity, jnp.float16)
+    model = synthetic.synthesize(config, sparsity, jnp.float16, format=format)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     # Room for eight standard deviations is a lot where a matrix is small.
-    assert abs(memory.weight_bytes(config, sparsity) / held - 1) < (0.03 if sparsity else 1e-3)
+    told = memory.weight_bytes(config, sparsity, format)
+    assert abs(told / held - 1) < (0.03 if sparsity else 1e-3)
 
 
 # ---- sizes ----
@@ -234,6 +244,12 @@ def test_bitmap_bytes(sparsity):
     w = jax_flashllm.encode(sparse_matrix((512, 1024), np.float16, sparsity), format="bitmap")
     # Values are allocated with room for up to 1/256 more.
     assert memory.bitmap_bytes(*w.shape, w.nnz) == pytest.approx(w.nbytes, rel=1 / 256 + 2e-3)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.7, 0.9, 0.99])
+def test_delta_csr_bytes(sparsity):
+    w = jax_flashllm.encode(sparse_matrix((512, 5000), np.float16, sparsity), format="delta_csr")
+    assert memory.delta_csr_bytes(*w.shape, w.nnz) == pytest.approx(w.nbytes, rel=0.01)
 
 
 def test_weights_take_their_bits_and_little_more():
@@ -312,6 +328,16 @@ def test_bench_decode(command, tmp_path):
         assert int(row["cache_bytes_read"]) == 2 * 2 * int(row["batch"]) * 16 * 256 * 2
     assert int(rows[0]["weight_bytes"]) < int(rows[2]["weight_bytes"])
     assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_decode_of_a_format(command, tmp_path):
+    csv = tmp_path / "out.csv"
+    args = ("bench", "decode", "--config", "opt-tiny", "--context", 12, "--prompt", 8, "--csv", csv)
+    for format in ("auto", "delta_csr"):
+        code, text, error = command(*args, "--format", format, "--sparsity", 0.9)
+        assert code == 0, error
+    assert "90% sparse (Delta-CSR), batch 1" in text
+    assert [r["format"] for r in bench_decode._read(csv)] == ["bitmap", "delta_csr"]
 
 
 def test_bench_decode_of_sampled_tokens(command, tmp_path):

@@ -388,9 +388,18 @@ def check_dense(dense, shards: int | tuple[int, int]) -> tuple[int, int]:
 def smaller_format(density: float, columns: int) -> Literal["bitmap", "delta_csr"]:
     """The format that takes fewer bytes for a shard with so many columns, nonzeros spread evenly.
 
-    A bitmap's row takes 2 bytes a nonzero, 1/8 a column, and alignment. One of Delta-CSR takes in
-    each of its blocks 68 bytes, and 320 (codes of 4 bits) or 384 a group of 128 entries: nonzeros,
-    whose number varies from row to row, and fillers, one for each whole 15 or 127 columns of a gap.
+    A bitmap's row takes 2 bytes a nonzero, 1/8 a column, and alignment.
+    """
+    bitmap = 2 * density * columns + columns * 1.02 / 8
+    return "delta_csr" if delta_csr_row_bytes(density, columns) < bitmap else "bitmap"
+
+
+def delta_csr_row_bytes(density: float, columns: int) -> float:
+    """What a row of a Delta-CSR shard takes in the mean, nonzeros spread evenly.
+
+    In each of its blocks 68 bytes, and 320 (codes of 4 bits) or 384 a group of 128 entries:
+    nonzeros, whose number varies from row to row, and fillers, one for each whole 15 or 127 columns
+    of a gap.
     """
     blocks = -(-columns // 12288)
     n, zero = density * columns / blocks, 1 - density
@@ -403,5 +412,4 @@ def smaller_format(density: float, columns: int) -> Literal["bitmap", "delta_csr
         groups = sum(math.erfc((128 * g + 0.5 - entries) / spread) / 2 for g in range(most))
         return blocks * (68 + group * groups)
 
-    bitmap = 2 * density * columns + columns * 1.02 / 8
-    return "delta_csr" if min(bytes_with(15, 320), bytes_with(127, 384)) < bitmap else "bitmap"
+    return min(bytes_with(15, 320), bytes_with(127, 384))

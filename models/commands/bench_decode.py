@@ -40,9 +40,9 @@ READ_BYTES = 2 << 30
 
 # Names of GPU kernels, first match wins.
 KINDS = [
-    ("spmm", r"BitmapKernel|TiledCslKernel|WideKernel"),
+    ("spmm", r"BitmapKernel|DeltaCsrKernel|WideKernel|GemmKernel"),
     ("spmm, before and after", r"ClearFlags|Combine|Prepare"),
-    ("W made dense", r"BitmapConvert|TiledCslConvert"),
+    ("W made dense", r"BitmapConvert|DeltaCsrConvert"),
     ("attention", r"AttentionKernel|cudnn|flash_fprop"),
     ("dense products", r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitK"),
     ("copies", r"[Mm]emcpy|[Mm]emset|wrapped_copy|^copy|_copy_"),
@@ -56,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sparsity", type=number(float, 0, 1), default=0.7, metavar="S", help="default 0.7"
     )
+    parser.add_argument(
+        "--format", choices=("auto", "bitmap", "delta_csr"), default="auto",
+        help="of sparse weights (default: auto, the smaller)",
+    )  # fmt: skip
     parser.add_argument(
         "--batch", type=number(int, 1, 4096), nargs="+", default=[1], metavar="N", help="rows"
     )
@@ -97,6 +101,7 @@ class Result:
     config: str
     layers: int
     sparsity: float | str  # "dense"
+    format: str  # "dense"
     batch: int
     prompt: int
     context: int
@@ -147,8 +152,11 @@ def run(args: argparse.Namespace) -> None:
     common.cache_compilations()
     import jax
 
+    from jax_flashllm.formats import smaller_format
     from jax_flashllm.models.synthetic import synthesize
 
+    if args.format == "auto":
+        args.format = smaller_format(1 - args.sparsity, config.hidden_size)
     device = jax.devices()[0]
     bandwidth = read_bandwidth()
     print(
@@ -161,8 +169,8 @@ def run(args: argparse.Namespace) -> None:
         if args.seconds is not None and time.perf_counter() - started > args.seconds:
             print("out of --seconds")
             break
-        weights = memory.weight_bytes(config, sparsity)
-        name = "dense" if sparsity is None else f"{100 * sparsity:g}% sparse"
+        weights = memory.weight_bytes(config, sparsity, args.format)
+        name = "dense" if sparsity is None else _sparse(sparsity, args.format)
         needs = [_estimate(args, config, weights, batch) for batch in args.batch]
         free = memory.free_bytes()
         advice = "a smaller --batch or --context, or a larger --sparsity, needs less"
@@ -171,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
             continue
         memory.check_fits(f"{args.config}, {name}", needs[0], free, advice)
         begin = time.perf_counter()
-        model = synthesize(config, sparsity, args.dtype)
+        model = synthesize(config, sparsity, args.dtype, format=args.format)
         jax.block_until_ready(_arrays(model))
         build = time.perf_counter() - begin
         fitting = []
@@ -370,6 +378,7 @@ class _Runner:
         return Result(
             device=device.device_kind, jax=jax.__version__, config=args.config,
             layers=config.num_hidden_layers, sparsity="dense" if sparsity is None else sparsity,
+            format="dense" if sparsity is None else args.format,
             batch=batch, prompt=args.prompt, context=args.context, dtype=args.dtype,
             cache_dtype=self.cache_dtype.name, choice="sampled" if args.sample else "greedy",
             read_gb_s=round(bandwidth / 1e9, 1),
@@ -493,8 +502,12 @@ def _print_kernels(names: dict[str, list[float]], steps: int) -> None:
         )
 
 
+def _sparse(sparsity: float, format: str) -> str:
+    return f"{100 * sparsity:g}% sparse" + " (Delta-CSR)" * (format == "delta_csr")
+
+
 def describe(r: Result) -> str:
-    name = "dense" if r.sparsity == "dense" else f"{100 * float(r.sparsity):g}% sparse"
+    name = "dense" if r.sparsity == "dense" else _sparse(float(r.sparsity), r.format)
     lines = [
         f"{name}, batch {r.batch}: {r.step_ms:.2f} ms a step (+-{r.spread_ms / 2:.2f}; "
         f"{r.step_ms_first:.2f} after the prompt, {r.step_ms_last:.2f} at the end), "
@@ -519,7 +532,8 @@ def _table(results: Iterable[Result]) -> str:
     head = ("weights", "batch", "ms/step", "D", "D/step", "of R", "tokens/s", "in use", "prompt/s")
     rows = [
         (
-            "dense" if r.sparsity == "dense" else f"{100 * float(r.sparsity):g}%", str(r.batch),
+            "dense" if r.sparsity == "dense" else _sparse(float(r.sparsity), r.format),
+            str(r.batch),
             f"{r.step_ms:.2f}", f"{r.dense_limit_ms:.2f}", f"{r.dense_limit_ms / r.step_ms:.2f}",
             f"{r.fraction_of_read:.2f}", f"{r.tokens_s:.1f}", memory.gb(r.in_use_bytes),
             f"{r.prefill_tokens_s:.0f}",
@@ -561,6 +575,8 @@ def plot(path: str, rows: list[dict[str, str]]) -> None:
     for row in rows:
         dense = row["sparsity"] == "dense"
         weights = "dense" if dense else f"{100 * float(row['sparsity']):g}%"
+        if row.get("format") == "delta_csr":  # files of before there was a choice have none
+            weights += " Delta-CSR"
         device = re.sub(r"NVIDIA | 80GB HBM3", "", row["device"])
         labels.append(f"{row['config'].upper()} {weights}, batch {row['batch']}, {device}")
         values.append(float(row["dense_limit_ms"]) / float(row["step_ms"]))
