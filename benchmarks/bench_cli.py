@@ -84,7 +84,7 @@ def main() -> None:
         warm = [generate(cache) for _ in tqdm(range(RUNS), desc="generate", disable=None)]
     figures["first token", "s"] = [first for first, _ in warm]
     figures["decode, demo, batch 1", "tokens/s"] = [rate for _, rate in warm]
-    for format in ("bitmap", "tiled_csl"):
+    for format in ("bitmap", "delta_csr"):
         for sparsity in (0.5, 0.8):
             figures[f"encode, {format}, {sparsity:.0%}", "GB/s"] = encode_rate(format, sparsity)
     rows = [
