@@ -43,8 +43,10 @@ seeds = st.integers(0, 2**32 - 1)
 
 @st.composite
 def encodings(draw):
-    """(dense, format, shards): any bits in any places, 0 to 300 by 0 to 700."""
+    """(dense, format, shards): any bits in any places, 0 to 300 by 0 to 700, or few long rows."""
     m, k = draw(st.integers(0, 300)), draw(st.integers(0, 700))
+    if draw(st.integers(0, 9)) == 0:  # blocks of columns of Delta-CSR
+        m, k = draw(st.integers(1, 4)), draw(st.sampled_from([6000, 12288, 12289, 25000]))
     rng = np.random.default_rng(draw(seeds))
     words = rng.integers(0, 2**16, (m, k), dtype=np.uint16)
     if draw(st.booleans()):
@@ -54,7 +56,7 @@ def encodings(draw):
     if m and k and place != "all":
         row, col = rng.integers(m) // 64 * 64, rng.integers(k) // 128 * 128
         where = np.zeros((m, k), bool)
-        if "tile" in place:  # of Tiled-CSL: the largest
+        if "tile" in place:
             where[row : row + 64, col : col + 128] = True
         elif "row" in place:
             where[:: 16 if "16" in place else m] = True

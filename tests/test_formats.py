@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from properties import SPECIAL
-from reference import FORMATS, HALVES, bits, sparse_matrix
+from reference import FORMATS, HALVES, assert_product, bits, sparse_matrix
 
 import jax_flashllm as jf
 from jax_flashllm import _flashllm
@@ -69,30 +69,34 @@ def test_sizes_of_bitmaps_are_those_of_the_documents(density):
 @pytest.mark.parametrize("format", FORMATS)
 def test_matrices_as_sparse_have_buffers_of_one_size(format):
     """And so programs for one run the other; room for that is 1/256 at most."""
-    ways = [sparse_matrix((1024, 1024), np.float16, 0.5, seed) for seed in range(8)]
+    # At this density nearly all rows have four groups.
+    ways = [sparse_matrix((1024, 1024), np.float16, 0.45, seed) for seed in range(8)]
     encoded = [jf.encode(d, format) for d in ways]
-    assert len({int(w.offsets.reshape(-1)[-1]) for w in encoded}) > 4
+    # Vectors of 8, or groups of 128, of which rows have the same number.
+    needed = [int(o[-1]) * 8 if format == "bitmap" else int(o[-2]) * 128
+              for o in (np.asarray(w.offsets[0]) for w in encoded)]  # fmt: skip
+    assert len(set(needed)) > (4 if format == "bitmap" else 1)
     assert len({w.values.shape for w in encoded}) <= 2
-    for w in encoded:
-        vectors = w.offsets[0, -1] * (1 if format == "bitmap" else np.array([32, 1]))
-        needed = 8 * int(vectors.sum())
-        assert needed <= w.values.shape[1] <= needed * (1 + 1 / 256)
+    for w, values in zip(encoded, needed, strict=True):
+        assert values <= w.values.shape[1] <= values * (1 + 1 / 256)
 
 
 @pytest.mark.parametrize(
     ("sparsity", "size"),
-    [(0, 20), (0.5, 10.57), (0.6, 8.56), (0.7, 6.54), (0.8, 4.57), (0.9, 2.76), (0.95, 1.62)],
+    [(0, 20.08), (0.5, 10.26), (0.6, 8.26), (0.7, 6.29), (0.8, 4.40), (0.9, 2.66), (0.95, 1.40)],
 )
-def test_sizes_of_tiled_csl_are_those_of_the_documents(sparsity, size):
-    dense = sparse_matrix((1024, 1024), np.float16, 1 - sparsity)
-    assert jf.encode(dense, "tiled_csl").bits_per_weight == pytest.approx(size, abs=0.03)
+def test_sizes_of_delta_csr_are_those_of_the_documents(sparsity, size):
+    dense = sparse_matrix((256, 7168), np.float16, 1 - sparsity)
+    assert jf.encode(dense, "delta_csr").bits_per_weight == pytest.approx(size, abs=0.03)
 
 
-@pytest.mark.parametrize("density", [0, 0.02, 0.0555, 0.07, 0.3, 1])
-def test_auto_takes_the_smaller(density):
-    dense = sparse_matrix((512, 1024), np.float16, density)
-    sizes = {f: jf.encode(dense, f).nbytes for f in FORMATS}
-    assert jf.encode(dense).nbytes == min(sizes.values())
+@pytest.mark.parametrize("density", [0, 0.01, 0.05, 0.09, 0.105, 0.12, 0.3, 1])
+@pytest.mark.parametrize("columns", [200, 1024, 7168, 25000])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_auto_takes_the_smaller(columns, density, blocks):
+    dense = sparse_matrix((128, columns), np.float16, density)
+    sizes = {f: jf.encode(dense, f, (1, blocks)).nbytes for f in FORMATS}
+    assert jf.encode(dense, shards=(1, blocks)).nbytes <= 1.005 * min(sizes.values())
 
 
 def test_a_weight_is_a_pytree():
@@ -146,7 +150,7 @@ def test_stack_refuses_what_does_not_match():
         jf.stack([])
     for other in [
         jf.encode(np.ones((4, 5), np.float16)),
-        jf.encode(np.ones((4, 4), np.float16), "tiled_csl"),
+        jf.encode(np.ones((4, 4), np.float16), "delta_csr"),
         jf.encode(np.ones((4, 4), ml_dtypes.bfloat16)),
         jf.encode(np.ones((4, 4), np.float16), shards=2),
     ]:
@@ -156,109 +160,205 @@ def test_stack_refuses_what_does_not_match():
         jf.stack([a, 1])
 
 
-# ---- Tiled-CSL's bytes ----
+# ---- Delta-CSR's bytes ----
 
 
-def list_and_row(r: int, k: int) -> tuple[int, int]:
-    """Where weight (r, k) of a block lies, from the definition: its list, and its row 1..128."""
-    tile, g, upper = r // 16 * 2 + k // 64, r % 8, r % 16 // 8
-    t, step, ahalf, half = k % 64 // 16, k % 16 // 4, k % 4 // 2, k % 2
-    lane, register = 4 * g + t, upper + 2 * ahalf
-    address = tile * 2048 + step * 512 + lane * 16 + register * 4 + half * 2
-    return address % 128 // 2, address // 128 + 1
+def lanes_of(row: np.ndarray, filler: int) -> list[list[tuple[int, int]]]:
+    """Of a row in a block of columns, from the definition: the entries of each lane, column and
+    bits; 0 bits stand for a filler."""
+    entries = []
+    for col in np.flatnonzero(row).tolist():
+        if entries:
+            while col - entries[-1][0] >= filler:
+                entries.append((entries[-1][0] + filler, 0))
+        entries.append((col, int(row[col])))
+    total = len(entries)
+    return [entries[lane * total // 32 : (lane + 1) * total // 32] for lane in range(32)]
 
 
-def block_of(lists: dict[int, list[int]]) -> np.ndarray:
-    """A block [64, 128] with 64 row + list at the rows of the lists, zero elsewhere."""
-    dense = np.zeros((64, 128), np.uint16)
-    for r, k in np.ndindex(64, 128):
-        number, row = list_and_row(r, k)
-        if row in lists.get(number, []):
-            dense[r, k] = 64 * row + number
+def item_of(lanes: list[list[tuple[int, int]]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The words of index and the values of an item."""
+    groups = -(-sum(map(len, lanes)) // 128)
+    bases, codes = np.zeros(32, np.uint16), np.zeros((groups, 32, 4), np.int64)
+    values = np.zeros((groups, 32, 4), np.uint16)
+    for lane, entries in enumerate(lanes):
+        weights = [i for i, (_, value) in enumerate(entries) if value]
+        if not weights:
+            continue
+        bases[lane] = entries[weights[0]][0]
+        at = entries[weights[0]][0] - 1
+        for i in range(weights[0], weights[-1] + 1):
+            col, value = entries[i]
+            codes[i // 4, lane, i % 4] = col - at
+            values[i // 4, lane, i % 4] = value
+            at = col
+    codes = codes.reshape(-1)
+    packed = codes.astype(np.int8) if width == 8 else (codes[::2] | codes[1::2] << 4)
+    words = np.concatenate([bases.view(np.uint8), packed.astype(np.uint8)]).view(np.uint32)
+    return words, values.reshape(-1)
+
+
+def delta_csr_of(dense: np.ndarray, shards: int):
+    """The buffers of each shard, index, offsets and values, without room."""
+    M, K = dense.shape
+    rows = -(-M // shards)
+    block = -(-K // -(-K // 12288))
+    block = -(-block // 64) * 64
+    for s in range(shards):
+        part = np.zeros((rows, K), np.uint16)
+        here = dense.view(np.uint16)[s * rows : (s + 1) * rows]
+        part[: len(here)] = here
+        ways = {}
+        for width, filler in ((8, 127), (4, 15)):
+            ways[width] = [
+                item_of(lanes_of(row[at : at + block], filler), width)
+                for at in range(0, K, block)
+                for row in part
+            ]
+        size = {width: sum(a.nbytes + b.nbytes for a, b in way) for width, way in ways.items()}
+        width = 4 if size[4] < size[8] else 8
+        index, values = (np.concatenate(b) for b in zip(*ways[width], strict=True))
+        groups = [len(values) // 128 for _, values in ways[width]]
+        yield index, np.array([0, *np.cumsum(groups), width]), values
+
+
+GAPS = [1, 2, 13, 14, 15, 16, 17, 29, 30, 31, 44, 45, 46, 125, 126, 127, 128, 129, 253, 254, 255]
+GAPS += [380, 381, 382, 1905, 12000]
+
+
+def gaps(rng: np.random.Generator, shape: tuple[int, int], density: float) -> np.ndarray:
+    """Rows whose nonzeros lie these gaps apart, for so much of the row; zeros elsewhere."""
+    dense = np.zeros(shape, np.uint16)
+    for row in dense:
+        col = int(rng.choice([0, 1, 14, 15, 127, 128]))
+        while col < max(1, density * shape[1]):
+            row[min(col, shape[1] - 1)] = rng.integers(1, 2**16)
+            col += int(rng.choice(GAPS))
     return dense
 
 
-def test_the_bytes_of_a_small_tiled_csl():
-    # Every list: three weights, gaps of 15 and 17 rows, and one weight more than two chunks hold.
-    lists = {i: [1, 2, 3, 18, 35, 36, 37] for i in range(64)}
-    lists[5] = [1, 2, 18, 35, 36, 37]  # fits
-    lists[6] = [1, 2, 3, 18, 35]  # one short
-    w = jf.encode(block_of(lists).view(np.float16), "tiled_csl")
-
-    codes = np.array([[1, 1, 1, 15, 0, 15, 2, 1]] * 64)
-    rows = np.array([[1, 2, 3, 0, 18, 0, 35, 36]] * 64)
-    codes[5], rows[5] = [1, 1, 15, 1, 15, 2, 1, 1], [1, 2, 0, 18, 0, 35, 36, 37]
-    codes[6], rows[6] = [0, 1, 1, 1, 15, 0, 15, 2], [0, 1, 2, 3, 0, 18, 0, 35]
-    # The last weights of the lists 0, 2, .. and then of 1, 3, ..: one of each bank, twice.
-    tail = [37 * 64 + i for i in [*range(0, 64, 2), *range(1, 64, 2)] if i not in (5, 6)]
-    tail.remove(37 * 64 + 7)
-    tail.insert(3, 37 * 64 + 7)  # bank 3 has nothing before it
-    tail += [0, 0]
-
-    np.testing.assert_array_equal(w.offsets, [[[0, 0], [2, 8]]])
-    values, index = bits(w.values[0]), np.asarray(w.index[0])
-    assert (values.size, index.size) == (2 * 256 + 64, 2 * 32 + 32)
-    for i, bank, number in np.ndindex(8, 32, 2):
-        chunk, entry, row = i // 4, i % 4, rows[2 * bank + number, i]
-        value = values[chunk * 256 + number * 128 + bank * 4 + entry]
-        assert value == (row * 64 + 2 * bank + number if row else 0)
-        code = index[chunk * 32 + bank] >> (8 * entry + 4 * number) & 15
-        assert code == codes[2 * bank + number, i]
-    np.testing.assert_array_equal(index[64:].view(np.uint16), tail)
-    np.testing.assert_array_equal(values[512:], tail)
-    w.validate()
-
-
-def fewest_bytes(dense: np.ndarray) -> int:
-    """Bytes of a block, from the definition, with the best number of chunks."""
-    rows = [[] for _ in range(64)]
-    for r, k in np.argwhere(dense):
-        number, row = list_and_row(r, k)
-        rows[number].append(row)
-    slots = [
-        np.cumsum(1 + np.diff(sorted(of_list), prepend=0) // 15) - 1 for of_list in rows if of_list
-    ]
-    slots = np.concatenate([[], *slots])
-    return min(640 * c + 32 * -(-int((slots >= 4 * c).sum()) // 8) for c in range(33))
-
-
-@pytest.mark.parametrize("density", [0.005, 0.05, 0.1, 0.3, 0.5, 0.9, 1])
-def test_a_block_of_tiled_csl_takes_the_fewest_bytes(density):
-    dense = sparse_matrix((64, 128), np.float16, density)
-    if density == 0.3:
-        dense[:, :64] = 0  # a gap of 16 rows in every list
-    chunks, tails = jf.encode(dense, "tiled_csl").offsets[0, -1]
-    assert 640 * chunks + 32 * tails == fewest_bytes(dense)
-
-
-ADVERSARIAL = {
-    "one full list": {7: range(1, 129)},
-    "one full list of two in a bank": {62: range(1, 129), 63: [128]},
-    "half of the lists full": {i: range(1, 129) for i in range(32)},
-    "one row": {i: [128] for i in range(64)},
-    "the first and the last row": {i: [1, 128] for i in range(64)},
-    "every 15th row": {i: range(15, 129, 15) for i in range(64)},
-    "every 16th row": {i: range(16, 129, 16) for i in range(64)},
-    "every 14th row": {i: range(14, 129, 14) for i in range(64)},
-    "a triangle": {i: range(1, 2 * i + 2) for i in range(64)},
-    "full": {i: range(1, 129) for i in range(64)},
+DELTA_CASES = {
+    "one weight": (1, 1, 1, 1.0),
+    "63 columns": (5, 63, 1, 0.3),
+    "64 columns": (5, 64, 2, 0.3),
+    "65 columns, full": (4, 65, 3, 1.0),
+    "empty": (3, 200, 1, 0.0),
+    "129 weights": (2, 129, 1, 1.0),
+    "sparse": (40, 3000, 1, 0.01),
+    "dense": (20, 1000, 1, 0.6),
+    "rows of the last shard are few": (33, 300, 4, 0.2),
+    "a block": (3, 12288, 1, 0.1),
+    "two blocks": (3, 12289, 1, 0.1),
+    "two blocks, sparse": (3, 12289, 1, 0.001),
+    "three blocks": (2, 25000, 2, 0.2),
 }
 
 
-@pytest.mark.parametrize("lists", ADVERSARIAL.values(), ids=ADVERSARIAL)
-def test_odd_blocks_of_tiled_csl_lose_nothing(lists):
-    block = block_of(lists).view(np.float16)
-    dense = np.zeros((200, 400), np.float16)
-    dense[64:128, 128:256] = block
-    dense[128:192, 256:384] = block
-    w = jf.encode(dense, "tiled_csl")
+@pytest.mark.parametrize("case", DELTA_CASES)
+def test_the_bytes_of_delta_csr(case):
+    rows, columns, shards, density = DELTA_CASES[case]
+    rng = np.random.default_rng(0)
+    spread = rng.integers(1, 2**16, (rows, columns), dtype=np.uint16)
+    spread[rng.random((rows, columns)) >= density] = 0
+    # Nonzeros here, and large gaps elsewhere, in other rows.
+    for dense in (spread, gaps(rng, (rows, columns), 1.0), gaps(rng, (rows, columns), density)):
+        _check_bytes(dense.view(np.float16), shards)
+
+
+def _check_bytes(dense, shards):
+    w = encode_on_host(dense, "delta_csr", shards)
+    for s, (index, offsets, values) in enumerate(delta_csr_of(dense, shards)):
+        np.testing.assert_array_equal(w.offsets[s], offsets)
+        np.testing.assert_array_equal(w.index[s, : index.size], index)
+        np.testing.assert_array_equal(bits(w.values[s, : values.size]), values)
+        assert not w.index[s, index.size :].any()
+        assert not bits(w.values[s, values.size :]).any()
     w.validate()
     np.testing.assert_array_equal(bits(w.to_dense()), bits(dense))
-    np.testing.assert_array_equal(bits(jf.decode(w)), bits(dense))
+    np.testing.assert_array_equal(bits(jf.decode(jax.device_put(w))), bits(dense))
     assert w.nnz == np.count_nonzero(bits(dense))
-    if len(lists) == 64 and lists[0] == range(1, 129):
-        np.testing.assert_array_equal(np.unique(np.diff(w.offsets, axis=1)[..., 0]), [0, 32])
-        assert not np.asarray(w.offsets)[..., 1].any()
+    return w
+
+
+def test_each_shard_of_delta_csr_takes_its_own_width():
+    dense = np.zeros((12, 2000), np.float16)
+    dense[:4] = sparse_matrix((4, 2000), np.float16, 0.5)
+    dense[4:8] = sparse_matrix((4, 2000), np.float16, 0.03)
+    w = _check_bytes(dense, 3)
+    np.testing.assert_array_equal(w.offsets[:, -1], [4, 8, 8])
+    x = np.ones((3, 2000), np.float32)
+    assert_product(jf.spmm(jax.device_put(w), x), x, dense)
+
+
+@pytest.mark.parametrize("fillers", [0, 1, 2, 3])
+def test_the_width_is_the_one_that_takes_fewer_bytes(fillers):
+    """384 weights a row, three groups of 8 bits, 1152 bytes, or of 4 bits, 960; with fillers four,
+    1280."""
+    dense = np.zeros((1, 1000), np.float16)
+    dense[0, : 384 - fillers] = 1
+    dense[0, 384 - fillers + 15 * np.arange(fillers) + 14] = 1
+    assert _check_bytes(dense, 1).offsets[0, -1] == (8 if fillers else 4)
+
+
+def test_entries_may_come_in_any_order():
+    """Codes of 8 bits lead backwards too: of each list the weights in pairs, the second first."""
+    dense = np.zeros((70, 2000), np.float32)
+    dense[:, ::16] = sparse_matrix((70, 125), np.float32, 0.9, integers=True)
+    dense[1, 1:] = 0
+    dense[2, [0, 250, 500, 750]] = 1
+    w = encode_on_host(dense.astype(np.float16), "delta_csr")
+    assert w.offsets[0, -1] == 8
+    items = []
+    for row in bits(dense.astype(np.float16)):
+        lanes = lanes_of(row, 127)
+        for entries in lanes:
+            if all(value for _, value in entries):
+                for i in range(0, len(entries) - 1, 2):
+                    entries[i : i + 2] = entries[i + 1], entries[i]
+        items.append(item_of(lanes, 8))
+    index, values = (np.concatenate(b) for b in zip(*items, strict=True))
+    other = dataclasses.replace(
+        w,
+        index=np.pad(index, (0, w.index.size - index.size))[None],
+        values=np.pad(values, (0, w.values.size - values.size))[None].view(np.float16),
+    )
+    assert (other.index != w.index).any()
+    other.validate()
+    np.testing.assert_array_equal(other.to_dense(), dense)
+    other = jax.device_put(other)
+    np.testing.assert_array_equal(jf.decode(other), dense)
+    x = np.arange(6000, dtype=np.float32).reshape(3, 2000) % 7
+    np.testing.assert_array_equal(jf.spmm(other, x), x @ dense.T)
+    g = jax.grad(lambda v: jf.spmm(other.with_values(v), x).sum())(other.values)
+    expected = np.where(dense != 0, x.sum(0), 0)
+    np.testing.assert_array_equal(other.with_values(g).to_dense(), expected)
+
+
+def test_a_list_by_hand():
+    """Steps of -128, a filler before a step back, two fillers, a weight right behind a filler."""
+    columns = [200, 72, 190, 500, 499, 626]
+    codes = [1, -128, 118, 127, 127, 56, -1, 127, 0]
+    index = np.zeros((1, 16 + 3 * 32), np.uint32)
+    bases = index[0, :16].view(np.uint16)
+    bases[5] = 200
+    lists = index[0, 16:].view(np.int8).reshape(3, 32, 4)
+    values = np.zeros((1, 3, 32, 4), np.float16)
+    for i, code in enumerate(codes):
+        lists[i // 4, 5, i % 4] = code
+    for i, entry in enumerate([0, 1, 2, 5, 6, 8]):
+        values[0, entry // 4, 5, entry % 4] = i + 1
+    offsets = np.array([[0, 3, 8]], np.uint32)
+    w = jf.DeltaCSR(offsets, values.reshape(1, -1), (1, 700), index)
+    w.validate()
+    dense = np.zeros((1, 700), np.float16)
+    dense[0, columns] = range(1, 7)
+    np.testing.assert_array_equal(w.to_dense(), dense)
+    w = jax.device_put(w)
+    np.testing.assert_array_equal(jf.decode(w), dense)
+    x = np.eye(700, dtype=np.float32)
+    np.testing.assert_array_equal(jf.spmm(w, x), dense.T)
+    g = jax.grad(lambda v: jf.spmm(w.with_values(v), x).sum())(w.values)
+    np.testing.assert_array_equal(g, bits(values).reshape(1, -1) != 0)
 
 
 @pytest.mark.parametrize("keep", [np.s_[:, ::2], np.s_[:, :64], np.s_[::16], np.s_[5], np.s_[:, 9]])
@@ -272,10 +372,10 @@ def test_pruned_columns_and_rows(keep):
         np.testing.assert_array_equal(jf.decode(w), dense)
 
 
-@pytest.mark.parametrize("density", [0.03, 0.1, 0.6])
+@pytest.mark.parametrize("density", [0.003, 0.03, 0.1, 0.6])
 def test_dead_entries_have_no_gradient_and_a_training_step_keeps_the_structure(density):
     dense = sparse_matrix((100, 300), np.float32, density, integers=True)
-    w = jf.encode(dense.astype(np.float16), "tiled_csl", shards=3)
+    w = jf.encode(dense.astype(np.float16), "delta_csr", shards=3)
     x, c = np.ones((2, 300), np.float32), np.arange(1, 101, dtype=np.float32)
     g = jax.grad(lambda v: (jf.spmm(w.with_values(v), x) @ c).sum())(w.values)
     assert np.count_nonzero(g) == w.nnz < g.size  # 2 c > 0 at every weight
@@ -322,7 +422,7 @@ def test_constructors_refuse_buffers_of_other_shapes(format):
     w = jf.encode(sparse_matrix((40, 300), np.float16, 0.5), format)
     index = "masks" if format == "bitmap" else "index"
     for changes, message in [
-        ({"shape": (40, 900)}, r"of shape \[40, 900\]: .* make weights with"),
+        ({"shape": (40, 12289)}, r"of shape \[40, 12289\]: .* make weights with"),
         ({"shape": (400, 300)}, r"of shape \[400, 300\]: "),
         ({"shape": (0, 300)}, r"shape must be \[M, K\] >= 1, got \(0, 300\)"),
         ({"offsets": w.offsets[:, 1:]}, "offsets is uint32"),
@@ -330,7 +430,10 @@ def test_constructors_refuse_buffers_of_other_shapes(format):
         ({index: getattr(w, index)[0]}, f"{index} is uint32"),
         ({index: getattr(w, index).astype(np.uint8)}, f"{index} is uint8"),
         ({index: getattr(w, index)[..., 1:]}, f"{index} is uint32"),
-        ({"values": w.values[:, 1:]}, "values has room for .*, expected a multiple of 8"),
+        (
+            {"values": w.values[:, 1:]},
+            rf"values has room for .*, expected a multiple of {w.unit}\b",
+        ),
         ({"values": w.values[:, :0]}, "values has room for 0 a shard"),
         ({"values": w.values[:0]}, f"{index} is uint32.*, expected uint32.0,"),
     ]:
@@ -342,13 +445,13 @@ def test_constructors_refuse_buffers_of_other_shapes(format):
 def test_to_dense_of_garbage_says_what_is_wrong(format):
     w = jf.encode(sparse_matrix((40, 300), np.float16, 0.5), format)
     garbage = dataclasses.replace(w, offsets=w.offsets * 50)
-    with pytest.raises(ValueError, match=r"offsets|chunks"):
+    with pytest.raises(ValueError, match=r"offsets|bits"):
         garbage.to_dense()
 
 
 def test_the_encoders_check_once_more():
     dense = np.ones((4, 4), np.uint16)
-    for encode in (_flashllm.encode_bitmap, _flashllm.encode_tiled_csl):
+    for encode in (_flashllm.encode_bitmap, _flashllm.encode_delta_csr):
         for w, shards in [(dense, 0), (dense, -1), (dense, 5), (dense[:0], 1), (dense[:, :0], 1)]:
             with pytest.raises(ValueError, match="in 1 to M shards"):
                 encode(w, shards)
@@ -361,7 +464,7 @@ size = int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1]) <
 dense = np.ones((512, 2048), np.uint16)
 # Room for the result, not for the stack of a thread.
 resource.setrlimit(resource.RLIMIT_AS, (size + (7 << 20),) * 2)
-for encode in (_flashllm.encode_bitmap, _flashllm.encode_tiled_csl):
+for encode in (_flashllm.encode_bitmap, _flashllm.encode_delta_csr):
     print(encode(dense, 1)[2].size)
 """
 
@@ -397,44 +500,67 @@ def test_validate_finds_a_broken_bitmap():
         w.with_values(w.values.astype(np.float32)).validate()
 
 
-def test_validate_finds_a_broken_tiled_csl():
-    w = jf.encode(sparse_matrix((40, 300), np.float16, 0.7), "tiled_csl", shards=2)
-    chunks, tails = np.diff(w.offsets, axis=1)[0, 0]  # of block 0
-    assert chunks > 4
-    assert tails > 0
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_validate_finds_a_broken_delta_csr(density):
+    dense = sparse_matrix((40, 2000), np.float16, density)
+    dense[0] = np.arange(2000) % 8 == 0
+    dense[0, 512:] = 0  # two weights a lane, and two dead entries
+    w = jf.encode(dense, "delta_csr", shards=2)
+    width = int(w.offsets[0, -1])
+    assert width == (8 if density < 0.1 else 4)
 
     def broken(message, **changes):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(w, **changes).validate()
 
-    broken("offsets must start at 0", offsets=w.offsets + np.uint32(1))
-    broken("offsets must start at 0", offsets=changed(w.offsets, (0, 1, 0), 2**32 - 1))
-    broken("offsets must start at 0", offsets=changed(w.offsets, (1, 2, 1), 0))
-    broken("need", offsets=changed(w.offsets, (1, -1, 1), w.values.shape[1] // 8))
-    needed = max(256 * int(c) + 8 * int(t) for c, t in w.offsets[:, -1])
-    broken("need", values=w.values[:, : needed - 8])
-    broken("need", index=w.index[:, : 32 * (needed // 256)])
-    words = np.array(w.index[0])
-    codes = words[: 32 * chunks].view(np.uint8).reshape(chunks, 32, 4)  # two lists a byte
-    tail = words[32 * chunks :].view(np.uint16)
+    broken("must start at 0", offsets=w.offsets + np.uint32([1] * 20 + [0, 0]))
+    broken("must start at 0", offsets=changed(w.offsets, (0, 1), 2**32 - 1))
+    broken("must start at 0", offsets=changed(w.offsets, (1, 5), 0))
+    for other in (0, 5, 16, 2**32 - 1):
+        broken(
+            f"shard 1 has codes of {other} bits, exp", offsets=changed(w.offsets, (1, -1), other)
+        )
+    broken(
+        f"4294967295 groups of shard 0 need .* are {w.values.shape[1]} and {w.index.shape[1]}",
+        offsets=changed(w.offsets, (0, -2), 2**32 - 1),
+    )
+    needed = max(int(o[-2]) for o in w.offsets)
+    broken("groups of shard . need", values=w.values[:, : (needed - 1) * 128])
+    broken("groups of shard . need", index=w.index[:, : (16 * 20 + 4 * width * (needed - 1))])
 
-    def broken_index(message, part, at, value):
-        before, part[at] = part[at].copy(), value
-        broken(message, index=jnp.asarray(np.stack([words, w.index[1]])))
-        part[at] = before
+    def broken_item(message, base=None, codes=None, values=None):
+        """With another list of lane 3 in row 0."""
+        index, stored = np.array(w.index), np.array(w.values)
+        if base is not None:
+            index[0, :16].view(np.uint16)[3] = base
+        if codes is not None and width == 8:
+            index[0, 16:48].view(np.int8).reshape(32, 4)[3] = codes
+        elif codes is not None:
+            packed = codes[0] | codes[1] << 4, codes[2] | codes[3] << 4
+            index[0, 16:32].view(np.uint8).reshape(32, 2)[3] = packed
+        if values is not None:
+            stored[0, 12:16] = values
+        broken(message, index=jnp.asarray(index), values=jnp.asarray(stored))
 
-    broken_index("leaves its block", codes, np.s_[:, 3], 0xFF)
-    broken_index("leaves its block", tail, 0, 129 * 64)
-    broken_index("padding behind", codes, (chunks - 1, 0, 3), 0)
-    broken_index("outside the matrix", tail, 0, tail[0] % 64 + 127 * 64)
-    broken_index("overlaps its lists", tail, 0, tail[0] % 64 + 64)
-    broken_index("twice", tail, 0, tail[np.flatnonzero(tail[1:] % 64 == tail[0] % 64)[0] + 1])
-    dead = np.flatnonzero(np.asarray(w.values[0]) == 0)[0]
-    broken("dead entry", values=changed(w.values, (0, dead), -0.0))
+    filler = 127 if width == 8 else 15
+    broken_item("leaves its block of 2048 columns", base=2048)
+    broken_item("leaves its block of 2048 columns", base=65535)
+    broken_item("weight outside the matrix .40, 2000.", base=2047, codes=[1, 0, 0, 0])
+    if width == 8:
+        broken_item("leaves its block", base=5, codes=[1, -128, 0, 0])
+        broken_item("weight outside", base=5, codes=[1, -6, 0, 0], values=[1, 1, 0, 0])
+    broken_item("list that ends with a filler", base=5, codes=[1, 0, 0, filler])
+    broken_item("dead entry that is not", base=5, codes=[0, 0, 0, 0], values=[0, -0.0, 0, 0])
+    broken_item("dead entry that is not", base=5, codes=[1, filler, 0, 0], values=[1, 1, 1, 0])
+    taken = int(np.flatnonzero(dense[0])[0])
+    broken_item(
+        f"shard 0 stores row 0, column {taken} twice",
+        base=taken, codes=[1, 0, 0, 0], values=[1, 0, 0, 0],
+    )  # fmt: skip
     with pytest.raises(ValueError, match="values are float32"):
         w.with_values(w.values.astype(np.float32)).validate()
     # Five rows in four shards of two: the last shard has none.
-    w = jf.encode(np.ones((5, 128), np.float16), "tiled_csl", shards=4)
+    w = jf.encode(np.ones((5, 128), np.float16), "delta_csr", shards=4)
     w.validate()
     broken(
         "shard 3 has a weight outside",

@@ -125,6 +125,27 @@ def test_infinities_and_nans_go_where_dense_products_put_them(kernels, format):
             np.testing.assert_array_equal(np.isneginf(y), np.isneginf(expected))
 
 
+@pytest.mark.parametrize("columns", [12288, 12289, 25000])
+def test_delta_csr_in_blocks_of_columns(kernels, columns):
+    """One, two and three blocks, some rows with nothing in one of them."""
+    for dtype, density in zip(HALVES, (0.002, 0.3), strict=True):
+        dense = sparse_matrix((5, columns), dtype, density, integers=True)
+        dense[1, :9000] = 0
+        dense[2, 1:] = 0
+        dense[3, :-1] = 0
+        dense[4, [0, -1]] = 1
+        w = jf.encode(dense, "delta_csr", shards=2)
+        for x_dtype, n in itertools.product(FLOATS, (1, 3, 40)):
+            x = np.random.default_rng(n).integers(-1, 2, (n, columns)).astype(x_dtype)
+            expected = dense_product(x, dense).astype(np.float32).astype(x_dtype)
+            np.testing.assert_array_equal(jf.spmm(w, x), expected)
+            x[-1, columns - 1] = np.inf
+            with np.errstate(invalid="ignore"):
+                expected = dense_product(x, dense).astype(np.float32).astype(x_dtype)
+            got = np.asarray(jf.spmm(w, x)).astype(np.float32)
+            np.testing.assert_array_equal(got, expected.astype(np.float32))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_subnormals_are_numbers(kernels, format):
     x = np.ones((3, 70), np.float32) * np.array([[1.0], [0.5], [2.0]], np.float32)
@@ -650,8 +671,11 @@ def test_garbage_is_an_error_and_no_crash(kernels, format, density):
     rng = np.random.default_rng(0)
     offsets = np.asarray(w.offsets)
     broken = [np.full_like(offsets, 2**32 - 1), offsets + np.uint32(w.values.shape[1] // 8 + 1)]
-    if format == "tiled_csl":
+    if format == "delta_csr":
         broken.append(offsets[:, ::-1].copy())
+        for width in (0, 6, 2**31 + 8):
+            broken.append(offsets.copy())
+            broken[-1][:, -1] = width
     for bad in broken:
         bad = dataclasses.replace(w, offsets=jnp.asarray(bad))
         with pytest.raises(ValueError):  # noqa: PT011

@@ -4,7 +4,7 @@
 //   encode    a random matrix of random shape, bits and shards, decoded again: every bit is back;
 //             so packed as checkpoints are, but for -0.0, which packed is a zero
 //   products  with every instruction set, dtype of x, bias and activation
-//   garbage   offsets, masks, codes and positions changed at random: an error or any numbers
+//   garbage   offsets, masks, bases and codes changed at random: an error or any numbers
 //   sizes     a buffer's shape or dtype, M or K other than the rest say: an error or any numbers
 //
 // The handlers are called as XLA calls them, through a call frame, on a small thread pool. Every
@@ -25,7 +25,7 @@
 #include "../../csrc/bitmap.h"
 #include "../../csrc/cpu/encode.h"
 #include "../../csrc/cpu/handlers.h"
-#include "../../csrc/tiled_csl.h"
+#include "../../csrc/delta_csr.h"
 
 struct XLA_FFI_Error {
   std::string message;
@@ -235,12 +235,12 @@ Weight Encode(const Buffer& dense, int64_t shards, bool as_bitmap) {
     FillBitmap(view, w.index.As<uint32_t>(), w.offsets.As<uint32_t>(), capacity,
                w.values.As<uint16_t>());
   } else {
-    const tiled_csl::Dims d(rows, w.k);
-    w.offsets = Make(XLA_FFI_DataType_U32, {shards, d.offsets() / 2, 2});
-    const TiledCslCapacity capacity = CountTiledCsl(view, w.offsets.As<uint32_t>());
+    const delta_csr::Dims d(rows, w.k);
+    w.offsets = Make(XLA_FFI_DataType_U32, {shards, d.offsets()});
+    const DeltaCsrCapacity capacity = CountDeltaCsr(view, w.offsets.As<uint32_t>());
     w.index = Make(XLA_FFI_DataType_U32, {shards, capacity.index});
     w.values = Make(dense.dtype, {shards, capacity.values});
-    FillTiledCsl(view, w.offsets.As<uint32_t>(), capacity, w.index.As<uint32_t>(),
+    FillDeltaCsr(view, w.offsets.As<uint32_t>(), capacity, w.index.As<uint32_t>(),
                  w.values.As<uint16_t>());
   }
   return w;
@@ -282,18 +282,18 @@ Weight EncodePacked(Rng& rng, const Buffer& dense) {
 }
 
 bool Decode(const Weight& w, const Buffer& out) {
-  return Call(w.bitmap ? kDecodeBitmapCpu : kDecodeTiledCslCpu, {w.index, w.offsets, w.values}, out,
+  return Call(w.bitmap ? kDecodeBitmapCpu : kDecodeDeltaCsrCpu, {w.index, w.offsets, w.values}, out,
               {{"k", w.k}, {"m", w.m}});
 }
 
 bool Sample(const Weight& w, const Buffer& dense, const Buffer& out) {
-  return Call(w.bitmap ? kSampleBitmapCpu : kSampleTiledCslCpu, {w.index, w.offsets, dense}, out,
+  return Call(w.bitmap ? kSampleBitmapCpu : kSampleDeltaCsrCpu, {w.index, w.offsets, dense}, out,
               {{"k", w.k}, {"m", w.m}});
 }
 
 bool Spmm(const Weight& w, const Buffer& x, const Buffer& bias, const Buffer& y,
           int64_t activation) {
-  return Call(w.bitmap ? kSpmmBitmapCpu : kSpmmTiledCslCpu, {w.index, w.offsets, w.values, x, bias},
+  return Call(w.bitmap ? kSpmmBitmapCpu : kSpmmDeltaCsrCpu, {w.index, w.offsets, w.values, x, bias},
               y, {{"activation", activation}, {"k", w.k}, {"m", w.m}});
 }
 
@@ -439,8 +439,9 @@ void Expect(bool ok, const char* what, uint64_t round) {
 }
 
 void Round(Rng rng, uint64_t seed) {
-  const int64_t m = 1 + Below(rng, (rng() % 8 ? 150 : 900) / kSmaller),
-                k = 1 + Below(rng, (rng() % 8 ? 300 : 2500) / kSmaller);
+  const bool wide = rng() % 32 == 0;  // blocks of columns of Delta-CSR
+  const int64_t m = 1 + Below(rng, wide ? 3 : (rng() % 8 ? 150 : 900) / kSmaller),
+                k = 1 + Below(rng, wide ? 30000 : (rng() % 8 ? 300 : 2500) / kSmaller);
   const int64_t shards = rng() % 2 ? 1 : 1 + Below(rng, std::min<int64_t>(m, 9));
   const XLA_FFI_DataType dtype = rng() % 2 ? XLA_FFI_DataType_F16 : XLA_FFI_DataType_BF16;
   const Buffer dense = RandomMatrix(rng, m, k, dtype);
