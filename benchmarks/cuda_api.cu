@@ -34,7 +34,7 @@ __attribute__((visibility("default"))) int flashllm_initialize() {
   if (cudaError_t e = InitializeBitmap(&g_overlap)) return e;
   if (cudaError_t e = InitializeBitmapWide()) return e;
   if (cudaError_t e = InitializeBitmapGemm()) return e;
-  return InitializeTiledCsl();
+  return InitializeDeltaCsr();
 }
 
 // Whether a product may start before its predecessor on the stream ends, which must not write W.

@@ -29,7 +29,7 @@ from jax_flashllm.kernel import ACTIVATIONS, NO_BIAS
 from jax_flashllm.spmm import FLOATS, check_product, spmm
 
 _TARGET = "flashllm_chain_v1"
-_FORMATS = ("bitmap", "tiled_csl")
+_FORMATS = ("bitmap", "delta_csr")
 _ATTEND = len(_FORMATS)  # in the place of a format
 _MOST_FEATURES = 16384  # of h: a token stays in the registers of a cluster's eight CTAs
 
@@ -264,17 +264,17 @@ def _cuda(x, h, *leaves, treedef, epsilon):
                 operands.append(a)
                 out.append(jax.ShapeDtypeStruct(a.shape, a.dtype))
             operands += [s.mask, s.length]
-            of_stage.append((s.width, 3 * s.width, _ATTEND, 0, 0, 0, 0))
+            of_stage.append((s.width, 3 * s.width, _ATTEND, 0, 0, 0, 0, 0))
             continue
         operands += [*s.weight.buffers, s.weight.values]
         operands += [absent if a is None else a for a in (s.bias, s.scale, s.shift)]
         code, p = ACTIVATIONS[s.activation][0], next(left)
         format = _FORMATS.index(s.weight.format)
-        of_stage.append((*s.weight.shape, format, code, p.ctas, p.warps, s.add))
-    names = "m", "k", "format", "activation", "ctas", "warps", "add"
+        of_stage.append((*s.weight.shape, format, code, p.ctas, p.warps, p.group, s.add))
+    names = "m", "k", "format", "activation", "ctas", "warps", "group", "add"
     columns = (np.array(column, np.int64) for column in zip(*of_stage, strict=True))
     attributes: dict[str, Any] = dict(zip(names, columns, strict=True))
-    attributes |= {"group": plans[0].group, "epsilon": np.float32(epsilon)}
+    attributes["epsilon"] = np.float32(epsilon)
     new_h, y, _, *held = _call(out, *operands, aliases=aliases, **attributes)
     return new_h.reshape(h.shape), y.reshape(*x.shape[:-1], widths[-1]), *held
 

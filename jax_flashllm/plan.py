@@ -4,11 +4,12 @@ Chosen from shapes, the room for W's values and the device, which are part of th
 equal inputs give equal bits. csrc/cuda/spmm.h explains strips and units. What `tune` kept and the
 variable below are read when a program is lowered: set it before the first product.
 
-For up to 64 tokens there are two cuts of a W that is not very sparse: one for few tokens, where
-memory is the limit (`by_memory`), and one for more. Sums of another cut are rounded in another
-order, so a token's last bit depends on which of them its batch takes. In an environment with
-JAX_FLASHLLM_BATCH_INVARIANT=1 all take the second: a token's result is the same in any batch of
-up to 64 then.
+For up to 64 tokens there are two cuts of a bitmap that is not very sparse: one for few tokens,
+where memory is the limit (`by_memory`), and one for more. Sums of another cut are rounded in
+another order, so a token's last bit depends on which of them its batch takes. In an environment
+with JAX_FLASHLLM_BATCH_INVARIANT=1 all take the second: a token's result is the same in any batch
+of up to 64 then. Delta-CSR's sums have one order, whatever the cut: a token's result is the same in
+any batch of fewer than DELTA_DENSE_TOKENS.
 """
 
 import contextlib
@@ -23,14 +24,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_flashllm.formats import delta_csr
+
 _DEFAULT_CORES = 132  # H100: for lowering where there is no GPU
-_WARP_ROWS = {"bitmap": 16, "tiled_csl": 64}
-_UNIT_COLS = {"bitmap": 256, "tiled_csl": 128}
 MAX_GROUP = 64
 CHAIN_TOKENS = 32  # from 33 on products with wgmma, which chains lack, gain more
 # From so many tokens in W's dtype on, decoding it once costs less (docs/kernels.md) than eight
 # passes over W of 64 tokens, or five of 256 with wgmma.
 DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 1025
+# A pass of Delta-CSR is for so many tokens, by warps a CTA at most (csrc/cuda/delta_csr_spmm.cu),
+# and has x of a block of columns in shared memory, with a margin: so many bytes a column.
+_PASSES = {1: (32, 4), 2: (32, 4), 4: (32, 8), 8: (20, 16)}
+_MARGIN_COLS, _CONTROL_BYTES = 1040, 128
+# From so many tokens on, passes of 8, decoding W once costs less: by the times of a prototype, and
+# to be measured.
+DELTA_DENSE_TOKENS = 41
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
 # The copy of x that the wide kernel reads: this many tokens of it at a time.
@@ -48,7 +56,7 @@ class Device:
 
     cores: int  # streaming multiprocessors
     warps: int  # warps a CTA whose rings fit into shared memory: a bitmap's
-    csl_teams: int = 8  # and Tiled-CSL's teams of two, with a dense block each
+    shared: int = 227 << 10  # bytes of shared memory, of a CTA at most
     name: str = ""  # model, for what `tune` kept; empty where there is no GPU
     wgmma: bool = False  # Hopper's own instructions, for more than 16 tokens
 
@@ -66,7 +74,7 @@ class Plan:
     """Attributes of the custom call, and the bytes of its workspace."""
 
     ctas: int  # CTAs a group of tokens
-    warps: int  # a CTA's warps of 16 rows of W each; in Tiled-CSL its teams of two, 64 rows each
+    warps: int  # of a CTA
     group: int  # tokens a pass over W
     chunk: int  # tokens a round of launches
     wide: int  # 1: wgmma (csrc/cuda/bitmap_wide.cu; a group of 256: bitmap_gemm.cu)
@@ -87,10 +95,10 @@ def device() -> Device:
     capability = str(getattr(gpu, "compute_capability", "9.0"))
     cores = int(getattr(gpu, "core_count", 0)) or _DEFAULT_CORES
     if capability in ("9.0", "10.0", "10.3"):  # 227 KB of shared memory
-        return Device(cores, 16, 8, gpu.device_kind, capability == "9.0")
-    if capability == "8.0":  # 163 KB
-        return Device(cores, 12, 5, gpu.device_kind)
-    return Device(cores, 6, 2, gpu.device_kind)  # 99 KB on 8.6, 8.9 and 12.x
+        return Device(cores, 16, 227 << 10, gpu.device_kind, capability == "9.0")
+    if capability == "8.0":
+        return Device(cores, 12, 163 << 10, gpu.device_kind)
+    return Device(cores, 6, 99 << 10, gpu.device_kind)  # on 8.6, 8.9 and 12.x
 
 
 def terms(weight_dtype, token_dtype) -> int:
@@ -108,10 +116,10 @@ def _align(n: int) -> int:
     return _ceil(n, 256) * 256
 
 
-def _units(format: str, rows: int, shards: int, k: int, warps: int) -> tuple[int, int]:
-    """Strips of a CTA's warps, and units in all (csrc/cuda/spmm.h)."""
-    strips = _ceil(shards * _ceil(rows, _WARP_ROWS[format]), warps)
-    return strips, strips * _ceil(k, _UNIT_COLS[format])
+def _units(rows: int, shards: int, k: int, warps: int) -> tuple[int, int]:
+    """A bitmap's strips of a CTA's warps, and units in all (csrc/cuda/spmm.h)."""
+    strips = _ceil(shards * _ceil(rows, 16), warps)
+    return strips, strips * _ceil(k, 256)
 
 
 def by_memory(format: str, tokens: int, fill: float) -> int:
@@ -124,25 +132,32 @@ def by_memory(format: str, tokens: int, fill: float) -> int:
 
 def model(format: str, rows: int, shards: int, k: int, dev: Device, by_memory: int = 0) -> Cut:
     """The cut of a shape that nobody measured."""
-    if format == "tiled_csl":
-        # A unit takes about 8 + warps: the more warps, the less of its latency shows.
-        widths, unit, start = range(dev.csl_teams, 0, -1), 8, 0
-    else:
-        # As measured on an H100 (docs/every-shape.md): a unit takes 4 + warps, and the start of a
-        # CTA 2 a warp, whose first loads all others wait for.
-        parts = _BY_MEMORY[by_memory - 1][2] if by_memory else (1, 1 / 2, 1 / 4)
-        widths, unit, start = (math.ceil(dev.warps * part) for part in parts), 4, 2
-    units = {w: _units(format, rows, shards, k, w)[1] for w in widths}
-    warps = min(units, key=lambda w: _ceil(units[w], dev.cores) * (unit + w) + start * w)
+    if format == "delta_csr":
+        return _delta_cut(rows, shards, k, _PASSES[1][0], dev.cores)
+    # As measured on an H100 (docs/every-shape.md): a unit takes 4 + warps, and the start of a
+    # CTA 2 a warp, whose first loads all others wait for.
+    parts = _BY_MEMORY[by_memory - 1][2] if by_memory else (1, 1 / 2, 1 / 4)
+    units = {w: _units(rows, shards, k, w)[1] for w in (math.ceil(dev.warps * p) for p in parts)}
+    warps = min(units, key=lambda w: _ceil(units[w], dev.cores) * (4 + w) + 2 * w)
     return Cut(warps, min(units[warps], dev.cores))
+
+
+def _delta_cut(rows: int, shards: int, k: int, warps: int, ctas: int) -> Cut:
+    """As many CTAs for each block of columns, but not more than it has rows."""
+    blocks, _ = delta_csr.grid_of(k)
+    return Cut(warps, blocks * max(1, min(ctas // blocks, shards * rows)))
 
 
 def cuts(format: str, rows: int, shards: int, k: int, dev: Device, by_memory: int = 0) -> list[Cut]:
     """What `tune` tries: the model's choice first, then others."""
-    most = dev.warps if format == "bitmap" else dev.csl_teams
     found = [model(format, rows, shards, k, dev, by_memory)]
+    if format == "delta_csr":
+        tried = (24, dev.cores), (16, dev.cores), (16, 2 * dev.cores), (8, 4 * dev.cores)
+        found += [_delta_cut(rows, shards, k, warps, ctas) for warps, ctas in tried]
+        return list(dict.fromkeys(found))
+    most = dev.warps
     for warps in sorted({most, *(most * i // 4 for i in (1, 2, 3)), 1} - {0}, reverse=True):
-        strips, units = _units(format, rows, shards, k, warps)
+        strips, units = _units(rows, shards, k, warps)
         # One CTA a multiprocessor, as many as fit there, or a whole strip each.
         for ctas in (dev.cores, dev.cores * (most // warps), strips):
             found.append(Cut(warps, min(units, ctas, 4 * dev.cores)))
@@ -176,9 +191,19 @@ def choose(
     wide = dev.wgmma and format == "bitmap" and n_terms == 1 and tokens > 16
     if wide and tokens > MAX_GROUP:
         return _wide(shards * _ceil(rows, 16), k, tokens, dev)
-    warp_rows = _WARP_ROWS[format]
     chunk = max(1, min(tokens, _TERM_TOKENS // n_terms)) if n_terms > 1 else max(tokens, 1)
     total = chunk * n_terms
+    scales = _align(chunk * 4) if n_terms > 1 else 0
+    prepared = _align(total * _ceil(k, 64) * 64 * 2) if n_terms > 1 or k % 64 else 0
+    if format == "delta_csr":
+        cut = cut or model(format, rows, shards, k, dev)
+        blocks, block_cols = delta_csr.grid_of(k)
+        room = dev.shared - _CONTROL_BYTES
+        fits = [g for g, (_, b) in _PASSES.items() if (block_cols + _MARGIN_COLS) * b <= room]
+        group = next((g for g in fits if total <= g), fits[-1])
+        partial = blocks * total * shards * rows * 4 if blocks > 1 or n_terms > 1 else 0
+        warps = min(cut.warps, _PASSES[group][0])
+        return Plan(cut.ctas, warps, group, chunk, 0, partial + scales + prepared)
     group = next((g for g in (8, 16, 32) if total <= g), MAX_GROUP)
     groups = _ceil(total, group)
     default = model(format, rows, shards, k, dev)
@@ -186,19 +211,14 @@ def choose(
     # cut alike, in terms or not.
     few = tokens <= MAX_GROUP
     warps = (cut or default).warps if few else default.warps
-    strips, units = _units(format, rows, shards, k, warps)
+    strips, units = _units(rows, shards, k, warps)
     ctas = min(units, (cut or default).ctas) if few else strips
     slots = 0 if strips % ctas == 0 else 2
     if n_terms > 1:
-        slots = _ceil(_ceil(units, ctas), _ceil(k, _UNIT_COLS[format])) + 1
-    workspace = groups * ctas * slots * warps * warp_rows * group * 4
-    if n_terms > 1:
-        workspace += _align(chunk * 4)
+        slots = _ceil(_ceil(units, ctas), _ceil(k, 256)) + 1
+    workspace = groups * ctas * slots * warps * 16 * group * 4 + scales
     wide = wide and warps % 4 == 0  # whole warpgroups
-    if wide:
-        workspace += group * _ceil(k, 256) * 512
-    elif n_terms > 1 or k % 64:
-        workspace += _align(total * _ceil(k, 64) * 64 * 2)
+    workspace += group * _ceil(k, 256) * 512 if wide else prepared
     return Plan(ctas, warps, group, chunk, int(wide), workspace)
 
 
@@ -279,7 +299,10 @@ def spmm(call, *args, format, shape, activation):
     bound = by_memory(format, tokens * n_terms, fill)
     cut = cut_for(format, rows, shards, shape[1], dev, bound)
     plan = choose(format, rows, shards, shape[1], tokens, n_terms, dev, cut)
-    if n_terms == 1 and tokens >= (WIDE_DENSE_TOKENS if plan.wide else DENSE_TOKENS):
+    dense = WIDE_DENSE_TOKENS if plan.wide else DENSE_TOKENS
+    if format == "delta_csr":
+        dense = DELTA_DENSE_TOKENS
+    if n_terms == 1 and tokens >= dense:
         return _decoded(call, *args, format=format, shape=shape, activation=activation)
     out = (
         jax.ShapeDtypeStruct((*x.shape[:-1], shards * rows), x.dtype),

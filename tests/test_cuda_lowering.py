@@ -12,14 +12,16 @@ from reference import assert_product, sparse_matrix
 
 import jax_flashllm
 from jax_flashllm import _flashllm, attention, kernel, plan
-from jax_flashllm.formats import encode_on_host, on_gpu
+from jax_flashllm.formats import delta_csr, encode_on_host, on_gpu
 from jax_flashllm.spmm import decode
 
 needs_cuda_build = pytest.mark.skipif(
     not hasattr(_flashllm, "cuda_targets"), reason="built without CUDA"
 )
+DENSE_TOKENS = {"bitmap": plan.DENSE_TOKENS, "delta_csr": plan.DELTA_DENSE_TOKENS}
 H100 = plan.Device(cores=132, warps=16, wgmma=True)
-A100 = plan.Device(cores=108, warps=12, csl_teams=5)
+A100 = plan.Device(cores=108, warps=12, shared=163 << 10)
+L40S = plan.Device(cores=142, warps=6, shared=99 << 10)
 
 
 def _lowered(f, *args):
@@ -27,7 +29,7 @@ def _lowered(f, *args):
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("format", ["bitmap", "delta_csr"])
 def test_lowering_holds_target_and_plan(format):
     w = jax_flashllm.encode(np.eye(100, 130, dtype=np.float16), format=format)
     x = jnp.ones((3, 130), jnp.float16)
@@ -40,11 +42,11 @@ def test_lowering_holds_target_and_plan(format):
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("format", ["bitmap", "delta_csr"])
 def test_many_tokens_meet_a_decoded_weight(format, monkeypatch):
     monkeypatch.setattr(plan, "device", lambda: A100)
     w = jax_flashllm.encode(np.eye(100, 130, dtype=np.float16), format=format)
-    many = plan.DENSE_TOKENS
+    many = DENSE_TOKENS[format]
     for n, dtype, decoded in [
         (many - 1, jnp.float16, False),
         (many, jnp.float16, True),
@@ -59,14 +61,14 @@ def test_many_tokens_meet_a_decoded_weight(format, monkeypatch):
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("format", ["bitmap", "delta_csr"])
 def test_a_decoded_weight_multiplies_alike(format, shards, with_bias, activation, monkeypatch):
     """What a GPU runs for many tokens, run on a CPU, which has decode by the same name."""
     monkeypatch.setattr(plan, "device", lambda: A100)
     dense = sparse_matrix((100, 130), np.float16, 0.3)
     w = jax_flashllm.encode(dense, format, shards)
-    many, rows = plan.DENSE_TOKENS, 3 * 34 if shards == 3 else 100
-    x = np.random.default_rng(1).standard_normal((2, many // 2, 130)).astype(np.float16)
+    many, rows = -(-DENSE_TOKENS[format] // 2), 3 * 34 if shards == 3 else 100
+    x = np.random.default_rng(1).standard_normal((2, many, 130)).astype(np.float16)
     bias = np.linspace(-2, 2, 100, dtype=np.float16) if with_bias else None
     padded = np.zeros(0) if bias is None else np.pad(bias, (0, rows - 100))
 
@@ -76,7 +78,7 @@ def test_a_decoded_weight_multiplies_alike(format, shards, with_bias, activation
         return kernel._spmm_cuda(*w.buffers, w.values, x, bias, **args)
 
     y = np.asarray(product(w, x, padded.astype(np.float16)))
-    assert y.shape == (2, many // 2, rows)
+    assert y.shape == (2, many, rows)
     assert y.dtype == np.float16
     assert_product(y[..., :100].reshape(-1, 100), x.reshape(-1, 130), dense, bias, activation)
 
@@ -112,8 +114,8 @@ def test_the_number_of_tokens_decides_on_the_kernel(tokens, expected, monkeypatc
 def test_only_a_bitmap_times_tokens_of_its_own_type_is_wide():
     dense = np.eye(100, 130, dtype=np.float16)
     x = jnp.ones((80, 130), jnp.float16)
-    w = jax_flashllm.encode(dense, format="tiled_csl")
-    assert "wide = 0" in _lowered(jax_flashllm.spmm, w, x)
+    w = jax_flashllm.encode(dense, format="delta_csr")
+    assert "wide = 0" in _lowered(jax_flashllm.spmm, w, x[:40])
     w = jax_flashllm.encode(dense, format="bitmap")
     assert "wide = 0" in _lowered(jax_flashllm.spmm, w, x.astype(jnp.float32))
 
@@ -130,7 +132,7 @@ def test_gradient_lowers():
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("format", ["bitmap", "delta_csr"])
 @pytest.mark.parametrize("shards", [1, 3, (2, 3)])
 def test_encoding_lowers_to_results_as_the_host_makes(format, shards):
     dense = np.eye(100, 331, dtype=ml_dtypes.bfloat16)
@@ -157,7 +159,7 @@ def test_what_lies_on_no_gpu_is_encoded_on_the_host():
 
 @needs_cuda_build
 @pytest.mark.filterwarnings("ignore:.*-0.0")
-@pytest.mark.parametrize("format", ["auto", "bitmap", "tiled_csl"])
+@pytest.mark.parametrize("format", ["auto", "bitmap", "delta_csr"])
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.07, 0.5])
 def test_sizes_follow_from_the_offsets_ends(monkeypatch, format, density):
     """What the host reads in between, with the host's encoder in place of the kernels."""
@@ -217,17 +219,15 @@ SHAPES = [(1, 1), (64, 64), (768, 768), (4096, 4096), (28672, 7168), (9216, 3686
 
 
 @pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])
-@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_plans_are_sound(shape, format, device):
+def test_plans_are_sound(shape, device):
     m, k = shape
     for tokens in (1, 8, 9, 17, 64, 65, 5000):
         for terms in (1, 2, 3):
-            p = plan.choose(format, m, 1, k, tokens, terms, device)
-            bands = -(-m // (16 if format == "bitmap" else 64))
-            units = -(-bands // p.warps) * -(-k // (256 if format == "bitmap" else 128))
+            p = plan.choose("bitmap", m, 1, k, tokens, terms, device)
+            units = -(-m // (16 * p.warps)) * -(-k // 256)
             if p.wide:
-                assert (device, format, terms) == (H100, "bitmap", 1)
+                assert (device, terms) == (H100, 1)
                 assert p.group in (32, 64, 128, 256)
                 units *= -(-p.chunk // p.group)
             else:
@@ -238,6 +238,39 @@ def test_plans_are_sound(shape, format, device):
             assert p.workspace < 1 << 30
 
 
+@pytest.mark.parametrize("device", [H100, A100, L40S], ids=["H100", "A100", "L40S"])
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 12288), (5, 12289), (70, 3 << 20)], ids=str)
+def test_delta_csr_plans_are_sound(shape, device):
+    m, k = shape
+    blocks, block_cols = delta_csr.grid_of(k)
+    for tokens in (1, 2, 3, 8, 9, 40):
+        for terms in (1, 2, 3):
+            p = plan.choose("delta_csr", m, 2, k, tokens, terms, device)
+            assert p.group in (1, 2, 4, 8)
+            assert p.warps == (20 if p.group == 8 else 32)
+            x = (block_cols + 2 * 512) * max(4, 2 * p.group)
+            assert x < device.shared
+            if p.group < min(8, tokens * terms):
+                assert 2 * x > device.shared
+            assert p.ctas % blocks == 0
+            assert blocks <= p.ctas <= max(blocks, min(device.cores, 2 * m * blocks))
+            assert p.chunk == tokens
+            if terms == blocks == 1 and k % 64 == 0:
+                assert p.workspace == 0
+            elif terms > 1 or blocks > 1:
+                assert p.workspace >= blocks * tokens * terms * 2 * m * 4
+
+
+def test_delta_csr_takes_as_many_tokens_as_shared_memory_holds():
+    def groups(device, k):
+        plans = [plan.choose("delta_csr", 64, 1, k, n, 1, device) for n in (1, 2, 3, 5, 9)]
+        return [p.group for p in plans]
+
+    assert groups(H100, 12288) == groups(A100, 7168) == [1, 2, 4, 8, 8]
+    assert groups(A100, 12288) == [1, 2, 4, 4, 4]
+    assert groups(L40S, 12288) == [1, 2, 2, 2, 2]
+
+
 def _cuts(format, shape, fill, tokens):
     """What is lowered for each number of tokens."""
     m, k = shape
@@ -245,7 +278,7 @@ def _cuts(format, shape, fill, tokens):
 
 
 @pytest.mark.parametrize(("fill", "few"), [(0.1, 0), (0.3, 0), (0.4, 8), (0.5, 16), (1.0, 16)])
-@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
+@pytest.mark.parametrize("format", ["bitmap", "delta_csr"])
 def test_the_cut_depends_on_the_batch_once_or_never(format, fill, few, monkeypatch):
     monkeypatch.delenv("JAX_FLASHLLM_BATCH_INVARIANT", raising=False)
     for shape in SHAPES:
@@ -262,10 +295,9 @@ def test_the_cut_depends_on_the_batch_once_or_never(format, fill, few, monkeypat
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("format", ["bitmap", "tiled_csl"])
-def test_up_to_64_tokens_in_terms_are_cut_alike(shape, format):
+def test_up_to_64_tokens_in_terms_are_cut_alike(shape):
     m, k = shape
-    plans = [plan.choose(format, m, 1, k, n, t, H100) for t in (1, 2, 3) for n in (1, 22, 33, 64)]
+    plans = [plan.choose("bitmap", m, 1, k, n, t, H100) for t in (1, 2, 3) for n in (1, 22, 33, 64)]
     assert len({(p.ctas, p.warps) for p in plans}) == 1
     assert all(p.chunk >= n for p, n in zip(plans, 3 * [1, 22, 33, 64], strict=True))
 

@@ -123,7 +123,7 @@ def _chain(x, h, stages):
     return jax.jit(chain)(x, h, stages)
 
 
-MIXED = [["bitmap"], ["tiled_csl"], ["bitmap", "tiled_csl"], ["tiled_csl", "bitmap", "bitmap"]]
+MIXED = [["bitmap"], ["delta_csr"], ["bitmap", "delta_csr"], ["delta_csr", "bitmap", "bitmap"]]
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 17, 31, 32])
@@ -188,7 +188,7 @@ def test_norms_of_rows_far_from_zero():
 
 def test_inf_and_nan_stay_in_their_token():
     stages = _row(128, 256, np.float16)
-    coded = _encoded(stages, ["bitmap", "tiled_csl"])
+    coded = _encoded(stages, ["bitmap", "delta_csr"])
     x, h = normals((4, 128), np.float16), normals((4, 128), np.float16, seed=2)
     clean = _chain(x, h, coded)
     x[1, 3], h[2, 5] = np.nan, np.inf
@@ -283,7 +283,7 @@ def test_attention_in_a_chain_is_attention_behind_one(B, h, d, cache_dtype):
     dtype = ml_dtypes.bfloat16 if cache_dtype == "bfloat16" else np.float16
     *rest, qkv = _row(H, 2048, dtype)
     qkv = qkv._replace(w=(qkv.w / 16).astype(dtype))  # so that many slots count
-    stages = _encoded([qkv, *rest], ["bitmap", "tiled_csl"])
+    stages = _encoded([qkv, *rest], ["bitmap", "delta_csr"])
     held = normals((2 * layers, B * h, S, d), np.float32)
     held = [jnp.asarray(a).astype(cache_dtype) for a in held]
     mask = jnp.arange(S) >= jnp.arange(B)[:, None]  # pads

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
   const uint32_t mask_lane = ptx::Keep(mask_ring + lane * 4);
   const RunScan scan(lane);
 
-  float acc[1][kN8][4] = {};
+  float acc[kN8][4] = {};
   Starts runs, tile = {};  // the next tile
 
   // Waits for the values of the tile whose runs these are. `tile` is its end.
@@ -313,10 +313,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) BitmapKernel(const __grid_cons
 #pragma unroll
       for (int n8 = 0; n8 < kN8; ++n8) {
         uint4(&b)[2] = x[n8 % kAhead];
-        ptx::Mma<kBf16>(acc[0][n8], fragments[0], b[0].x, b[0].y);
-        ptx::Mma<kBf16>(acc[0][n8], fragments[1], b[0].z, b[0].w);
-        ptx::Mma<kBf16>(acc[0][n8], fragments[2], b[1].x, b[1].y);
-        ptx::Mma<kBf16>(acc[0][n8], fragments[3], b[1].z, b[1].w);
+        ptx::Mma<kBf16>(acc[n8], fragments[0], b[0].x, b[0].y);
+        ptx::Mma<kBf16>(acc[n8], fragments[1], b[0].z, b[0].w);
+        ptx::Mma<kBf16>(acc[n8], fragments[2], b[1].x, b[1].y);
+        ptx::Mma<kBf16>(acc[n8], fragments[3], b[1].z, b[1].w);
         if (n8 + kAhead < kN8) get_x(n8 + kAhead, b);
       }
       next_mask = after;

@@ -49,7 +49,7 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
   if (auto e = Check(InitializeBitmap(&overlap), "loading the kernels"); e.failure()) return e;
   if (auto e = Check(InitializeBitmapWide(), "loading the kernels"); e.failure()) return e;
   if (auto e = Check(InitializeBitmapGemm(), "loading the kernels"); e.failure()) return e;
-  if (auto e = Check(InitializeTiledCsl(), "loading the kernels"); e.failure()) return e;
+  if (auto e = Check(InitializeDeltaCsr(), "loading the kernels"); e.failure()) return e;
   g_devices[device].store(overlap ? kOverlap : kReady, std::memory_order_release);
   return ffi::Error::Success();
 }
@@ -247,10 +247,10 @@ ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
                         ffi::Result<AnyBuffer> h_out, ffi::Result<AnyBuffer> x_out,
                         ffi::Result<AnyBuffer> workspace, ffi::RemainingRets caches, Integers m,
                         Integers k, Integers format, Integers activation, Integers ctas,
-                        Integers warps, Integers add, int64_t group, float epsilon) {
+                        Integers warps, Integers group, Integers add, float epsilon) {
   const size_t stages = m.size();
   if (stages < 1) return Bad("chain: no stages");
-  for (const Integers& each : {k, format, activation, ctas, warps, add})
+  for (const Integers& each : {k, format, activation, ctas, warps, group, add})
     if (each.size() != stages) return Bad("chain: attributes of different lengths");
   size_t count = 2, attentions = 0;
   for (const int64_t f : format) {
@@ -268,8 +268,8 @@ ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
   const int64_t n = size / k[0];
   for (const DataType t : {h->element_type(), h_out->element_type(), x_out->element_type()})
     if (t != type || !IsHalf(t)) return Bad("chain: activations must all be float16 or bfloat16");
-  if (n < 1 || h->element_count() != h_out->element_count() || n > group)
-    return Bad("chain: the residual does not fit x, or there are too many tokens");
+  if (n < 1 || h->element_count() != h_out->element_count())
+    return Bad("chain: the residual does not fit x");
   const int64_t hidden = static_cast<int64_t>(h->element_count()) / n;
   int64_t widest = 0;
   for (size_t s = 0; s < stages; ++s) {
@@ -349,7 +349,7 @@ ffi::Error ChainHandler(cudaStream_t stream, ffi::RemainingArgs operands,
       norm.scale = *of_scale, norm.shift = *of_shift, norm.epsilon = epsilon;
     }
     Plan& plan = all[s].plan;
-    plan = {static_cast<int>(ctas[s]), static_cast<int>(warps[s]), static_cast<int>(group), n};
+    plan = {static_cast<int>(ctas[s]), static_cast<int>(warps[s]), static_cast<int>(group[s]), n};
     plan.workspace = room, plan.workspace_bytes = static_cast<size_t>(end - room);
     at += kProductOperands, from = y;
   }
@@ -507,7 +507,7 @@ XLA_FFI_DEFINE_HANDLER(
     kInitialize, Initialize,
     ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
 XLA_FFI_DEFINE_HANDLER(kSpmmBitmap, SpmmHandler<Format::kBitmap>, BindSpmm(), {kCapturable});
-XLA_FFI_DEFINE_HANDLER(kSpmmTiledCsl, SpmmHandler<Format::kTiledCsl>, BindSpmm(), {kCapturable});
+XLA_FFI_DEFINE_HANDLER(kSpmmDeltaCsr, SpmmHandler<Format::kDeltaCsr>, BindSpmm(), {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kChain, ChainHandler,
                        ffi::Ffi::Bind()
                            .Ctx<Stream>()
@@ -522,8 +522,8 @@ XLA_FFI_DEFINE_HANDLER(kChain, ChainHandler,
                            .Attr<Integers>("activation")
                            .Attr<Integers>("ctas")
                            .Attr<Integers>("warps")
+                           .Attr<Integers>("group")
                            .Attr<Integers>("add")
-                           .Attr<int64_t>("group")
                            .Attr<float>("epsilon"),
                        {kCapturable});
 XLA_FFI_DEFINE_HANDLER(kAttention, AttentionHandler,
@@ -567,7 +567,7 @@ XLA_FFI_DEFINE_HANDLER(
 std::vector<Target> Targets() {
   return {
       {"flashllm_spmm_bitmap_v1", kInitialize, kSpmmBitmap},
-      {"flashllm_spmm_tiled_csl_v1", kInitialize, kSpmmTiledCsl},
+      {"flashllm_spmm_delta_csr_v1", kInitialize, kSpmmDeltaCsr},
       {"flashllm_chain_v1", kInitialize, kChain},
       {"flashllm_decode_bitmap_v1", kInitialize, kDecodeBitmap},
       {"flashllm_decode_delta_csr_v1", kInitialize, kDecodeDeltaCsr},

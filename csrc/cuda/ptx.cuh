@@ -39,23 +39,8 @@ __device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
   return v;
 }
 
-// The low half of v.
-__device__ __forceinline__ void StoreShared16(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(v)));
-}
-
 __device__ __forceinline__ void StoreShared32(uint32_t address, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v));
-}
-
-__device__ __forceinline__ uint32_t LoadSharedAcquire(uint32_t address) {
-  uint32_t v;
-  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void StoreSharedRelease(uint32_t address, uint32_t v) {
-  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
 __device__ __forceinline__ void StoreShared128(uint32_t address, uint32_t x, uint32_t y, uint32_t z,
@@ -71,7 +56,37 @@ __device__ __forceinline__ void ZeroShared128(uint32_t address) {
 
 // ---- global memory ----
 
-// What nobody will read again, or zeros. The compiler would select behind a load, and wait for it.
+// What nobody will read again.
+__device__ __forceinline__ uint32_t LoadOnce16(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
+// The same if it is `there`; v stays as it is otherwise.
+__device__ __forceinline__ void LoadOnce16(bool there, const void* p, uint32_t& v) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.L1::no_allocate.u16 %0, [%1]; }"
+      : "+r"(v)
+      : "l"(p), "r"(uint32_t(there)));
+}
+
+__device__ __forceinline__ void LoadOnce32(bool there, const void* p, uint32_t& v) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.L1::no_allocate.u32 %0, [%1]; }"
+      : "+r"(v)
+      : "l"(p), "r"(uint32_t(there)));
+}
+
+__device__ __forceinline__ void LoadOnce64(bool there, const void* p, uint2& v) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %3, 0;"
+      " @p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
+      : "+r"(v.x), "+r"(v.y)
+      : "l"(p), "r"(uint32_t(there)));
+}
+
+// The same, or zeros. The compiler would select behind a load, and wait for it.
 __device__ __forceinline__ uint4 LoadOnceOrZero(bool there, const uint4* p) {
   uint4 v;
   asm volatile(
@@ -352,6 +367,19 @@ __device__ __forceinline__ uint32_t Permute(uint32_t x, uint32_t y, uint32_t sel
   uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(selector));
   return r;
+}
+
+// c plus the products of bytes, all unsigned; or those of a signed.
+__device__ __forceinline__ uint32_t DotBytes(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+__device__ __forceinline__ uint32_t DotSignedBytes(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("dp4a.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 
 // On the FMA pipe, where the compiler would take two instructions of the half-rate integer pipe.

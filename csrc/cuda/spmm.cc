@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "../bitmap.h"
-#include "../tiled_csl.h"
+#include "../delta_csr.h"
 
 namespace flashllm::cuda {
 namespace {
@@ -27,33 +27,36 @@ Args MakeArgs(const Problem& p, const Plan& plan, int64_t n) {
   a.capacity = p.capacity / 8;
   a.index_capacity = p.index_capacity / 4;
   a.shard_rows = static_cast<int>(p.rows);
-  if (p.format == Format::kBitmap) {
-    const bitmap::Dims d(p.rows, p.k);
-    a.warps = plan.warps;
-    a.warp_bands = 1;
-    a.shard_bands = static_cast<int>(d.bands);
-    a.tiles = static_cast<int>(d.tiles);
+  a.warps = plan.warps;
+  a.ctas = plan.ctas;
+  a.group = plan.group;
+  const int groups = static_cast<int>(CeilDiv(a.tokens, plan.group));
+  if (p.format == Format::kDeltaCsr) {
+    const delta_csr::Dims d(p.rows, p.k);
+    a.block_cols = static_cast<int>(d.block_cols);
     a.blocks = static_cast<int>(d.blocks);
     a.shard_offsets = static_cast<int>(d.offsets());
-  } else {
-    const tiled_csl::Dims d(p.rows, p.k);
-    a.warps = 2 * plan.warps;  // teams of two
-    a.warp_bands = tiled_csl::kBlockRows / 32;
-    a.shard_bands = static_cast<int>(d.bands) * 2 * a.warp_bands;
-    a.tiles = static_cast<int>(CeilDiv(p.k, 64));
-    a.blocks = static_cast<int>(d.blocks);
-    a.shard_offsets = static_cast<int>(d.offsets());
+    a.block_ctas = a.ctas / a.blocks;
+    a.strips = static_cast<int>(p.shards * p.rows);
+    const int64_t runs = int64_t(a.block_ctas) * a.warps;
+    a.share = static_cast<int>(a.strips / runs);
+    a.longer = static_cast<int>(a.strips % runs);
+    a.groups = groups;
+    a.slots = a.blocks > 1 || a.terms > 1;
+    return a;
   }
+  const bitmap::Dims d(p.rows, p.k);
+  a.shard_bands = static_cast<int>(d.bands);
+  a.tiles = static_cast<int>(d.tiles);
+  a.blocks = static_cast<int>(d.blocks);
+  a.shard_offsets = static_cast<int>(d.offsets());
   a.bands = static_cast<int>(p.shards) * a.shard_bands;
   a.wide = plan.wide;
   a.gemm = plan.wide && plan.group == 256;
-  a.group = plan.group;
-  const int groups = static_cast<int>(CeilDiv(a.tokens, plan.group));
   a.groups = a.wide ? 1 : groups;
   a.strip_groups = a.wide ? groups : 1;
-  a.strips = static_cast<int>(CeilDiv(a.bands, a.warps * a.warp_bands)) * a.strip_groups;
+  a.strips = static_cast<int>(CeilDiv(a.bands, a.warps)) * a.strip_groups;
   a.units = a.strips * a.blocks;
-  a.ctas = plan.ctas;
   a.share = a.units / a.ctas;
   a.longer = a.units % a.ctas;
   a.keep_all = a.terms > 1;
@@ -74,7 +77,9 @@ Sizes WorkspaceSizes(const Problem& p, const Args& a) {
   else if (NeedsPrepare(p))
     s.tokens = Align(size_t(a.tokens) * a.x_stride * 2);
   if (a.terms > 1) s.unscale = Align(size_t(a.tokens_a_term) * 4);
-  s.partial = size_t(a.groups) * a.ctas * a.slots * a.warps * a.warp_bands * 16 * a.group * 4;
+  s.partial = p.format == Format::kDeltaCsr
+                  ? size_t(a.slots) * a.blocks * a.tokens * a.strips * 4
+                  : size_t(a.groups) * a.ctas * a.slots * a.warps * 16 * a.group * 4;
   if (a.gemm) s.flags = size_t(a.ctas) * a.warps * 4;
   return s;
 }
@@ -86,13 +91,19 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
     *why = text;
     return cudaErrorInvalidValue;
   };
-  if (plan.ctas < 1 || plan.warps < 1 || plan.chunk < 1 || plan.group < 8)
+  const bool delta = p.format == Format::kDeltaCsr;
+  if (plan.ctas < 1 || plan.warps < 1 || plan.chunk < 1 || plan.group < (delta ? 1 : 8))
     return refuse("the plan's attributes must be positive");
   if (p.capacity % 8 || p.index_capacity % 4)
     return refuse("the capacities of values and index must be multiples of 16 bytes");
-  if (plan.wide && (p.format != Format::kBitmap || p.weight != p.token))
+  if (plan.wide && (delta || p.weight != p.token))
     return refuse("only a bitmap times tokens of its own type can be wide");
   if (plan.wide && p.residual) return refuse("a wide product adds no residual");
+  if (delta) {
+    const delta_csr::Dims d(p.rows, p.k);
+    if (p.shards * d.items > INT32_MAX) return refuse("the weight is too large");
+    if (plan.ctas % d.blocks) return refuse("the plan's CTAs do not fit the blocks of columns");
+  }
   const size_t x_row = p.k * TypeBytes(p.token), y_row = p.shards * p.rows * TypeBytes(p.token);
   for (int64_t n0 = 0; n0 < p.n; n0 += plan.chunk) {
     const int64_t n = std::min(plan.chunk, p.n - n0);
@@ -106,8 +117,8 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
     }
     Args a = MakeArgs(p, plan, n);
     if (int64_t(a.strips) * a.blocks > INT32_MAX) return refuse("the weight is too large");
-    if (a.ctas > a.units) return refuse("the plan has more CTAs than units of work");
-    if (a.groups > 65535) return refuse("the plan's chunk is too long");
+    if (!delta && a.ctas > a.units) return refuse("the plan has more CTAs than units of work");
+    if ((delta ? a.tokens : a.groups) > 65535) return refuse("the plan's chunk is too long");
     const Sizes sizes = WorkspaceSizes(p, a);
     if (sizes.total() > plan.workspace_bytes) return refuse("the workspace is too small");
     char* workspace = static_cast<char*>(plan.workspace);
@@ -142,11 +153,11 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
       continue;
     }
     // The main loop may start before its predecessor ends only if that is ours: it reads W first.
-    const auto main_loop = p.format == Format::kBitmap ? BitmapSpmm : TiledCslSpmm;
+    const auto main_loop = delta ? DeltaCsrSpmm : BitmapSpmm;
     if (cudaError_t e = main_loop(stream, a, bf16, overlap && (follows || NeedsPrepare(p))))
       return e;
     if (!a.slots) continue;
-    const auto combine = a.keep_all ? CombineTerms : Combine;
+    const auto combine = delta ? CombineDeltaCsr : a.keep_all ? CombineTerms : Combine;
     if (cudaError_t e = combine(stream, a, overlap)) return e;
   }
   return cudaSuccess;

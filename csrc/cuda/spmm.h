@@ -15,10 +15,10 @@
 // Each kernel starts before the last one ends: a main loop reads W until x is there, attention its
 // cache until q, k and v are.
 //
-// Work is cut into strips (16 rows a warp of a bitmap, 64 a team of two of Tiled-CSL) and units (a
-// strip over 256 columns of a bitmap, or 128 of Tiled-CSL). CTA c takes the contiguous units
-// [FirstUnit(c), FirstUnit(c + 1)): whole strips mostly, so that few sums have to be combined, and
-// always in order of K, so that the same input gives the same bits.
+// A bitmap's work is cut into strips (16 rows a warp) and units (a strip over 256 columns). CTA c
+// takes the contiguous units [FirstUnit(c), FirstUnit(c + 1)): whole strips mostly, so that few
+// sums have to be combined, and always in order of K, so that the same input gives the same bits.
+// Delta-CSR's is cut into rows over a block of columns, delta_csr_spmm.cu.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -28,11 +28,11 @@
 namespace flashllm::cuda {
 
 enum class Type : int { kF16, kBF16, kF32 };
-enum class Format : int { kBitmap, kDeltaCsr, kTiledCsl = kDeltaCsr };
+enum class Format : int { kBitmap, kDeltaCsr };
 
 struct Problem {
   Format format;
-  const uint32_t* index;  // masks of a bitmap, index of Tiled-CSL
+  const uint32_t* index;  // masks of a bitmap, index of Delta-CSR
   const uint32_t* offsets;
   const uint16_t* values;
   Type weight;  // fp16 or bf16
@@ -50,9 +50,10 @@ struct Problem {
 
 // Chosen by jax_flashllm/plan.py from shapes and the room for values.
 struct Plan {
-  int ctas;       // per group of tokens; if wide, in all
-  int warps;      // per CTA; of Tiled-CSL teams of two
-  int group;      // tokens a pass over W: 8, 16, 32 or 64; if wide 32, 64, 128 or 256
+  int ctas;       // per group of tokens; if wide, in all; of Delta-CSR as many a block of columns
+  int warps;      // per CTA
+  int group;      // tokens a pass over W: 8, 16, 32 or 64; if wide 32, 64, 128 or 256; of
+                  // Delta-CSR 1, 2, 4 or 8
   int64_t chunk;  // tokens of x a round of launches
   bool wide;      // bitmap_wide.cu, with groups of 32, 64 or 128; bitmap_gemm.cu, with 256
   void* workspace;
@@ -96,20 +97,24 @@ struct Args {
   int64_t x_stride;
   int tokens;
   Output out;
-  float* partial;        // [groups][ctas][slots][strip's bands][group / 8][32] float4
+  float* partial;        // [groups][ctas][slots][warps][group / 8][32] float4; of Delta-CSR
+                         // [blocks][tokens][shards * rows]
   uint32_t* flags;       // [ctas][warps]: whether the partial sums of these rows are there
   const float* unscale;  // per token of x, for terms
   int terms, tokens_a_term;
-  float term_step;                                    // 2^-11 for fp16 terms, 1 for bf16
-  bool keep_all;                                      // every strip goes through `partial`
-  int64_t capacity, index_capacity;                   // of a shard, in 16 bytes
-  int units;                                          // strips * blocks
-  int share, longer;                                  // units / ctas, units % ctas
-  int shard_rows, shard_bands, bands, strips;         // bands of 16 rows
-  int tiles, blocks;                                  // of a band; units of a strip
-  int shard_offsets;                                  // offsets a shard
-  int ctas, warps, warp_bands, slots, groups, group;  // ctas: clusters, where they share a strip
-  int x_stages;                                       // of a bitmap's x in shared memory; odd
+  float term_step;                             // 2^-11 for fp16 terms, 1 for bf16
+  bool keep_all;                               // every strip goes through `partial`
+  int64_t capacity, index_capacity;            // of a shard, in 16 bytes
+  int units;                                   // strips * blocks
+  int share, longer;                           // units / ctas, units % ctas
+  int shard_rows, shard_bands, bands, strips;  // bands of 16 rows
+  int tiles, blocks;                           // of a band; units of a strip
+  int shard_offsets;                           // offsets a shard
+  int ctas, warps, slots, groups, group;       // ctas: clusters, where they share a strip
+  int x_stages;                                // of a bitmap's x in shared memory; odd
+  // Of Delta-CSR: a strip is a row, and those of a block are shared out among its CTAs' warps; any
+  // slots: sums go to `partial`.
+  int block_cols, block_ctas;
   // Groups of tokens have a schedule, and partial sums, of their own; if wide there is one
   // schedule, of a strip of W for each group, groups innermost.
   bool wide, gemm;   // gemm: bitmap_gemm.cu, from 129 tokens on
@@ -135,7 +140,7 @@ cudaError_t Spmm(cudaStream_t stream, const Problem& p, Plan plan, bool overlap,
 cudaError_t BitmapSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
 cudaError_t BitmapWide(cudaStream_t stream, const Args& a, bool bf16);
 cudaError_t BitmapGemm(cudaStream_t stream, const Args& a, bool bf16);
-cudaError_t TiledCslSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
+cudaError_t DeltaCsrSpmm(cudaStream_t stream, const Args& a, bool bf16, bool overlap);
 cudaError_t PrepareTokens(cudaStream_t stream, const void* x, Type token, Type weight, int64_t n,
                           int64_t k, int64_t k_padded, int terms, uint16_t* out, float* unscale);
 // x [n, k] for BitmapWide: a group's tiles of 64 columns in turn, each as it lies in shared memory
@@ -144,6 +149,7 @@ cudaError_t PrepareWide(cudaStream_t stream, const uint16_t* x, int64_t n, int64
                         const Args& a);
 cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap);
 cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap);
+cudaError_t CombineDeltaCsr(cudaStream_t stream, const Args& a, bool overlap);
 
 // y = LayerNorm(h) * scale + shift.
 struct Norm {
@@ -180,7 +186,7 @@ cudaError_t FillDeltaCsr(cudaStream_t stream, const Problem& p, const Dense& fro
 cudaError_t InitializeBitmap(bool* overlap);
 cudaError_t InitializeBitmapWide();
 cudaError_t InitializeBitmapGemm();
-cudaError_t InitializeTiledCsl();
+cudaError_t InitializeDeltaCsr();
 
 // The most shared memory that a CTA may ask for.
 inline cudaError_t MaxShared(int* bytes) {

@@ -12,8 +12,6 @@ __host__ __device__ inline int FirstUnit(const Args& a, int c) {
   return c * a.share + min(c, a.longer);
 }
 
-__host__ __device__ inline int StripBands(const Args& a) { return a.warps * a.warp_bands; }
-
 // The CTA that has unit u.
 __host__ __device__ inline int CtaOf(const Args& a, int u) {
   const int c = u / (a.share + 1);
@@ -37,7 +35,7 @@ __device__ inline int64_t PartialIndex(const Args& a, int group, int cta, int sl
                                        int n8) {
   int64_t i = int64_t(group) * a.ctas + cta;
   i = i * a.slots + slot;
-  i = i * StripBands(a) + band;
+  i = i * a.warps + band;
   i = i * (a.group / 8) + n8;
   return i * 32;  // float4s
 }
@@ -56,12 +54,22 @@ __device__ __forceinline__ bool Frees(int lane) { return kArrivals == 32 || lane
 
 // ---- epilogue ----
 
-__device__ inline float LoadFloat(const void* p, Type type, int64_t i) {
-  if (type == Type::kF32) return static_cast<const float*>(p)[i];
+// A number's bits, and the number. Apart where nobody shall wait for the load yet.
+__device__ inline uint32_t LoadRaw(const void* p, Type type, int64_t i) {
+  if (type == Type::kF32) return static_cast<const uint32_t*>(p)[i];
+  return static_cast<const uint16_t*>(p)[i];
+}
+
+__device__ inline float FloatOf(uint32_t bits, Type type) {
+  if (type == Type::kF32) return __uint_as_float(bits);
   // One load for both: where each type has its own branch, loads wait for each other.
-  const uint16_t v = static_cast<const uint16_t*>(p)[i];
+  const uint16_t v = static_cast<uint16_t>(bits);
   const float bf16 = __bfloat162float(__ushort_as_bfloat16(v));
   return type == Type::kBF16 ? bf16 : __half2float(__ushort_as_half(v));
+}
+
+__device__ inline float LoadFloat(const void* p, Type type, int64_t i) {
+  return FloatOf(LoadRaw(p, type, i), type);
 }
 
 __device__ inline float Gelu(float v) { return 0.5f * v * erfcf(-0.70710678118654752f * v); }
@@ -192,25 +200,22 @@ __device__ __forceinline__ void StoreSums(const Args& a, const Band& band, int t
 // Ends a segment, the part of a strip that a CTA has: from `begin` on, to its end if `ends`.
 // A whole strip goes to y, parts to `partial`, where a kernel of its own adds them up (tokens.cu):
 // a CTA shares its first strip with those before it (slot 0), its last with those behind (slot 1).
-template <int kBands, int kN8>
+template <int kN8>
 __device__ inline void Flush(const Args& a, int cta, int group, int strip, int ordinal, int begin,
-                             bool ends, int warp, int lane, float (&acc)[kBands][kN8][4]) {
+                             bool ends, int warp, int lane, float (&acc)[kN8][4]) {
   const bool whole = begin == 0 && ends && !a.keep_all;
   const int slot = a.keep_all ? min(ordinal, a.slots - 1) : begin == 0;
-  float4* const to = reinterpret_cast<float4*>(a.partial) + lane +
-                     PartialIndex(a, group, cta, slot, warp * kBands, 0);
+  float4* const to =
+      reinterpret_cast<float4*>(a.partial) + lane + PartialIndex(a, group, cta, slot, warp, 0);
+  const Band band = BandOf(a, strip * a.warps + warp);
 #pragma unroll
-  for (int b = 0; b < kBands; ++b) {
-    const Band band = BandOf(a, strip * StripBands(a) + warp * kBands + b);
-#pragma unroll
-    for (int n8 = 0; n8 < kN8; ++n8) {
-      const float4 sum = make_float4(acc[b][n8][0], acc[b][n8][1], acc[b][n8][2], acc[b][n8][3]);
-      acc[b][n8][0] = acc[b][n8][1] = acc[b][n8][2] = acc[b][n8][3] = 0.0f;
-      if (whole)
-        StoreFragment(a, band, (group * kN8 + n8) * 8, lane, sum);
-      else
-        to[(b * kN8 + n8) * 32] = sum;
-    }
+  for (int n8 = 0; n8 < kN8; ++n8) {
+    const float4 sum = make_float4(acc[n8][0], acc[n8][1], acc[n8][2], acc[n8][3]);
+    acc[n8][0] = acc[n8][1] = acc[n8][2] = acc[n8][3] = 0.0f;
+    if (whole)
+      StoreFragment(a, band, (group * kN8 + n8) * 8, lane, sum);
+    else
+      to[n8 * 32] = sum;
   }
 }
 

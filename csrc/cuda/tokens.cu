@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
   // Of y: four rows of one of eight tokens.
   const int piece = threadIdx.x % (kCombineBands * 4), in_eight = threadIdx.x / (kCombineBands * 4);
   const int out_band = strip_band0 + piece / 4;
-  const Band band = BandOf(a, strip / a.strip_groups * StripBands(a) + out_band);
-  const int rows = out_band < StripBands(a) ? min(4, band.valid - piece % 4 * 4) : 0;
+  const Band band = BandOf(a, strip / a.strip_groups * a.warps + out_band);
+  const int rows = out_band < a.warps ? min(4, band.valid - piece % 4 * 4) : 0;
   const int64_t row = band.row0 + piece % 4 * 4;
   ptx::LaunchDependents();
   // A bias comes from memory, past whatever weights went through L2 since.
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(const __grid_co
   for (int j = 0; j < kN8; ++j)
     if (rows > 0 && token0 + j * 8 < a.tokens)
       residual[j] = LoadResidual4(a.out, (token0 + j * 8) * a.out.rows + row, rows);
-  if (strip_band0 + warp < StripBands(a)) {
+  if (strip_band0 + warp < a.warps) {
     float4 sum[kN8];
 #pragma unroll
     for (int j = 0; j < kN8; ++j) sum[j] = __ldcg(own + j * 32);
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) CombineTermsKernel(const __grid_cons
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   // All threads wait: a grid that ended before its predecessor would set the next one free.
   ptx::WaitForPrevious();
-  const int strip_rows = StripBands(a) * 16;
+  const int strip_rows = a.warps * 16;
   const int64_t padded_rows = int64_t(a.strips) * strip_rows;
   const int64_t token = index / padded_rows;
   if (token >= a.tokens_a_term) return;
@@ -385,7 +385,7 @@ cudaError_t PrepareWide(cudaStream_t stream, const uint16_t* x, int64_t n, int64
 
 cudaError_t Combine(cudaStream_t stream, const Args& a, bool overlap) {
   const int n8s = a.group / 8;
-  const int64_t quads = CeilDiv(StripBands(a), kCombineBands);
+  const int64_t quads = CeilDiv(a.warps, kCombineBands);
   const bool many = n8s >= 8 && a.strips * quads * n8s * a.groups > kCombineCtas;
   const auto kernel = many ? CombineKernel<kCombineN8> : CombineKernel<1>;
   const dim3 grid(a.strips, static_cast<unsigned>(quads * n8s / (many ? kCombineN8 : 1)), a.groups);
@@ -403,7 +403,7 @@ cudaError_t LayerNorm(cudaStream_t stream, const Norm& a, bool overlap) {
 }
 
 cudaError_t CombineTerms(cudaStream_t stream, const Args& a, bool overlap) {
-  const int64_t threads = int64_t(a.tokens_a_term) * a.strips * StripBands(a) * 16;
+  const int64_t threads = int64_t(a.tokens_a_term) * a.strips * a.warps * 16;
   const dim3 grid(static_cast<unsigned>(CeilDiv(threads, kThreads)));
   return Launch(stream, CombineTermsKernel, grid, kThreads, 0, overlap, a);
 }
