@@ -6,7 +6,6 @@
 
 #include "bitmap.h"
 #include "delta_csr.h"
-#include "tiled_csl.h"
 #include "xla/ffi/api/ffi.h"
 
 #if XLA_FFI_API_MINOR > 3
@@ -55,13 +54,6 @@ inline ffi::Error CheckDeltaCsr(const Shards& s, int64_t k, size_t index, size_t
     return Bad("Delta-CSR index or offsets do not fit the shape");
   if (s.capacity % delta_csr::kGroupValues)
     return Bad("Delta-CSR values must have room for whole groups");
-  return ffi::Error::Success();
-}
-
-inline ffi::Error CheckTiledCsl(const Shards& s, int64_t k, size_t index, size_t offsets) {
-  const tiled_csl::Dims d(s.rows, k);
-  if (index % s.count || static_cast<int64_t>(offsets) != s.count * d.offsets())
-    return Bad("Tiled-CSL index or offsets do not fit the shape");
   return ffi::Error::Success();
 }
 
