@@ -138,7 +138,8 @@ def ours(lib, case: Case, format: str, tokens: list[int]):
         x = case.x[:n].contiguous()
         y = torch.full((n, w.shape[0]), torch.nan, device="cuda", dtype=x.dtype)
         plan = gpu_timing.plan_for(w, n, x.dtype)
-        if n >= (planning.WIDE_DENSE_TOKENS if plan.wide else planning.DENSE_TOKENS):
+        dense = planning.WIDE_DENSE_TOKENS if plan.wide else planning.DENSE_TOKENS
+        if n >= (planning.DELTA_DENSE_TOKENS if format == "delta_csr" else dense):
             run = gpu_timing.decoded(lib, x, y)
         else:
             run = gpu_timing.product(lib, x, y, plan)
