@@ -187,11 +187,13 @@ def random_weight(m, k, sparsity, dtype, seed=0):
 
 
 def plan_for(w: Weight, n: int, token_dtype, warps: int = 16):
+    gpu = torch.cuda.get_device_properties(0)
     dev = planning.Device(
-        torch.cuda.get_device_properties(0).multi_processor_count,
+        gpu.multi_processor_count,
         warps,
-        name=torch.cuda.get_device_name(0),
-        wgmma=torch.cuda.get_device_capability(0) == (9, 0),
+        gpu.shared_memory_per_block_optin,
+        gpu.name,
+        (gpu.major, gpu.minor) == (9, 0),
     )
     n_terms = 1 if token_dtype == w.dtype else 3 if token_dtype == torch.float32 else 2
     what = w.format, w.shape[0], 1, w.shape[1]
