@@ -9,13 +9,24 @@
 namespace flashllm {
 namespace {
 
-// T: item.tokens. Widen(p, out) turns the four halves of a lane's group into floats. Every entry is
-// multiplied: dead ones hold +0, and x is finite.
+template <int N>
+struct Floats {
+  typedef float Vector __attribute__((vector_size(N * sizeof(float))));
+};
+template <>
+struct Floats<1> {
+  typedef float Vector;
+};
+
+// T: item.tokens. Widen: floats of a register, and a function that makes floats of the four halves
+// of a lane's group. Every entry is multiplied: dead ones hold +0, and x is finite.
 template <typename Widen, int kBits, int T>
 Status ItemProduct(const DeltaCsrItem& item, float* sums) {
   using namespace delta_csr;
-  constexpr int kWide = T == 1 ? kSteps : T;  // of one token four sums, which need not wait
-  float acc[kWide] = {};
+  constexpr int kFloats = T < Widen::kFloats ? T : Widen::kFloats;
+  using Vector = typename Floats<kFloats>::Vector;
+  // Of one token four sums, which need not wait for each other.
+  Vector acc[T == 1 ? kSteps : T / kFloats] = {};
   // One column further than a lane's entry, as x has a column before those of the block.
   uint32_t at[kLanes];
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(item.index);
@@ -40,19 +51,16 @@ Status ItemProduct(const DeltaCsrItem& item, float* sums) {
       if (outside) return Status::kOutOfRange;
       at[lane] = a;
       float v[kSteps];
-      Widen()(value, v);
-      for (int i = 0; i < kSteps; ++i) {
-        const float* x = item.x + static_cast<size_t>(of_x[i]) * T;
-        if (T == 1)
-          acc[i] += v[i] * x[0];
-        else
-          for (int t = 0; t < T; ++t) acc[t] += v[i] * x[t];
-      }
+      Widen::Call(value, v);
+      for (int i = 0; i < kSteps; ++i)
+        for (int j = 0; j < T / kFloats; ++j) {
+          Vector x;
+          std::memcpy(&x, item.x + static_cast<size_t>(of_x[i]) * T + j * kFloats, sizeof x);
+          acc[T == 1 ? i : j] += v[i] * x;
+        }
     }
-  if (T == 1)
-    sums[0] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-  else
-    std::memcpy(sums, acc, sizeof acc);
+  if (T == 1) acc[0] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  std::memcpy(sums, acc, T * sizeof *sums);
   return Status::kOk;
 }
 

@@ -282,7 +282,8 @@ uint16_t* Reorder(const uint64_t (&bits)[kBandRows], const uint16_t* (&rows)[kBa
 
 template <Half H>
 struct Widen {
-  void operator()(const uint16_t* p, float* out) const {
+  static constexpr int kFloats = 16;
+  static void Call(const uint16_t* p, float* out) {
     const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     _mm_storeu_ps(out, H == Half::kF16
                            ? _mm_cvtph_ps(v)

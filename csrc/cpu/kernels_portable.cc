@@ -36,7 +36,8 @@ Status BitmapPortable(const BitmapBand& band, float* sums) {
 
 template <Half H>
 struct Widen {
-  void operator()(const uint16_t* p, float* out) const {
+  static constexpr int kFloats = 4;
+  static void Call(const uint16_t* p, float* out) {
     for (int i = 0; i < delta_csr::kSteps; ++i) out[i] = HalfToFloat<H>(p[i]);
   }
 };
