@@ -130,21 +130,56 @@ struct Items {
   int block_cols;
 };
 
-// A group's four codes of a lane, a byte each.
-__device__ inline uint32_t LoadCodes(const uint32_t* group, int bits, int lane) {
-  if (bits == 8) return __ldg(group + lane);
-  uint32_t v = __ldg(reinterpret_cast<const uint16_t*>(group) + lane);
-  v = (v | v << 8) & 0x00ff00ff;
-  return (v | v << 4) & 0x0f0f0f0f;
-}
+// One warp an item, whose row lies in shared memory: a lane walks its list. So much is loaded
+// ahead:
+constexpr int kRowThreads = 64, kAheadChunks = 4, kAheadGroups = 8;
+constexpr int kChunkCols = 256;  // eight a lane
 
-// One warp an item, whose row lies in shared memory: a lane walks its list.
-constexpr int kRowThreads = 64;
+// index: of the item's bases.
+template <bool kDecode, int kBits>
+__device__ inline void WalkLists(const uint32_t* index, uint16_t* values, int groups, uint16_t* row,
+                                 int cols, int lane) {
+  using namespace delta_csr;
+  using Codes = std::conditional_t<kBits == 8, uint32_t, uint16_t>;  // of a lane in a group
+  int col = __ldg(reinterpret_cast<const uint16_t*>(index) + lane) - 1;
+  const Codes* codes = reinterpret_cast<const Codes*>(index + kBaseWords) + lane;
+  uint2* pairs = reinterpret_cast<uint2*>(values) + lane;
+  bool behind_filler = false;
+  for (int first = 0; first < groups; first += kAheadGroups) {
+    Codes next[kAheadGroups];
+    uint2 stored[kAheadGroups];
+#pragma unroll
+    for (int i = 0; i < kAheadGroups; ++i)
+      if (first + i < groups) {
+        next[i] = __ldg(codes + (first + i) * kLanes);
+        if (kDecode) stored[i] = __ldg(pairs + (first + i) * kLanes);
+      }
+#pragma unroll
+    for (int i = 0; i < kAheadGroups; ++i) {
+      if (first + i >= groups) break;
+      uint32_t halves[2] = {};
+      if (kDecode) halves[0] = stored[i].x, halves[1] = stored[i].y;
+#pragma unroll
+      for (int e = 0; e < kSteps; ++e) {
+        const int code =
+            kBits == 8 ? static_cast<int8_t>(next[i] >> (8 * e)) : next[i] >> (4 * e) & 15;
+        const bool filler = code == Filler(kBits), live = !filler && (code != 0 || behind_filler);
+        behind_filler = filler, col += code;
+        if (live && static_cast<unsigned>(col) < static_cast<unsigned>(cols)) {
+          if (kDecode)
+            row[col] = static_cast<uint16_t>(halves[e / 2] >> (16 * (e % 2)));
+          else
+            halves[e / 2] |= uint32_t(row[col]) << (16 * (e % 2));
+        }
+      }
+      if (!kDecode) pairs[(first + i) * kLanes] = make_uint2(halves[0], halves[1]);
+    }
+  }
+}
 
 template <bool kDecode, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads)
     DeltaCsrConvert(Items w, Dense dense, uint16_t* values) {
-  using namespace delta_csr;
   using V = Vector<kAligned, uint4>;
   extern __shared__ __align__(16) uint16_t shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -154,10 +189,9 @@ __global__ void __launch_bounds__(kRowThreads)
   Patch patch = PatchAt(dense, shard, item % w.rows, block * w.block_cols);
   patch.cols = min(patch.cols, w.block_cols);
   const uint32_t* offsets = w.offsets + shard * (w.items + 2);
-  const uint32_t* index = w.index + shard * w.index_capacity;
   values += shard * w.capacity;
   if (!kDecode) {  // what lies behind a shard's last item
-    const int64_t used = int64_t(__ldg(offsets + w.items)) * kGroupValues;
+    const int64_t used = int64_t(__ldg(offsets + w.items)) * delta_csr::kGroupValues;
     for (int64_t i = used + item * 32 + lane; i < w.capacity; i += w.items * 32) values[i] = 0;
   }
   const int bits = LoadBits(offsets, w.items);
@@ -165,44 +199,29 @@ __global__ void __launch_bounds__(kRowThreads)
       LocateItem(offsets, item, bits, w.block_cols, w.capacity, w.index_capacity);
 
   uint16_t* row = shared + warp * w.block_cols;
-  for (int col = lane * 8; col < w.block_cols; col += 256) {
-    uint32_t words[4] = {};
-    if (!kDecode) LoadRow<V>(patch, 0, col, words);
-    *reinterpret_cast<uint4*>(row + col) = make_uint4(words[0], words[1], words[2], words[3]);
+  for (int col = lane * 8; col < w.block_cols; col += kAheadChunks * kChunkCols) {
+    uint32_t words[kAheadChunks][4] = {};
+#pragma unroll
+    for (int i = 0; i < kAheadChunks && !kDecode; ++i)
+      LoadRow<V>(patch, 0, col + i * kChunkCols, words[i]);
+#pragma unroll
+    for (int i = 0; i < kAheadChunks; ++i)
+      if (col + i * kChunkCols < w.block_cols)
+        *reinterpret_cast<uint4*>(row + col + i * kChunkCols) =
+            make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
   }
   __syncwarp();
-  index += from.word, values += from.value;
-  int col = 0;
-  if (from.groups > 0) col = __ldg(reinterpret_cast<const uint16_t*>(index) + lane) - 1;
-  index += kBaseWords;
-  bool behind_filler = false;
-#pragma unroll 4
-  for (int g = 0; g < from.groups; ++g) {
-    const uint32_t codes = LoadCodes(index + g * GroupWords(bits), bits, lane);
-    uint2* group = reinterpret_cast<uint2*>(values + g * kGroupValues) + lane;
-    uint2 pairs = {};
-    if (kDecode) pairs = __ldg(group);
-#pragma unroll
-    for (int e = 0; e < kSteps; ++e) {
-      const int code = static_cast<int8_t>(codes >> (8 * e));
-      const bool filler = code == Filler(bits), live = !filler && (code != 0 || behind_filler);
-      uint32_t& pair = e / 2 ? pairs.y : pairs.x;
-      behind_filler = filler, col += code;
-      if (live && static_cast<unsigned>(col) < static_cast<unsigned>(w.block_cols)) {
-        if (kDecode)
-          row[col] = static_cast<uint16_t>(pair >> (16 * (e % 2)));
-        else
-          pair |= uint32_t(row[col]) << (16 * (e % 2));
-      }
-    }
-    if (!kDecode) *group = pairs;
-  }
+  const uint32_t* index = w.index + shard * w.index_capacity + from.word;
+  if (from.groups > 0 && bits == 8)
+    WalkLists<kDecode, 8>(index, values + from.value, from.groups, row, w.block_cols, lane);
+  else if (from.groups > 0)
+    WalkLists<kDecode, 4>(index, values + from.value, from.groups, row, w.block_cols, lane);
   if (!kDecode) return;
   __syncwarp();
-  for (int c = lane * 8; c < w.block_cols; c += 256) {
-    const uint4 v = *reinterpret_cast<const uint4*>(row + c);
+  for (int col = lane * 8; col < w.block_cols; col += kChunkCols) {
+    const uint4 v = *reinterpret_cast<const uint4*>(row + col);
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-    StoreRow<V>(patch, 0, c, words);
+    StoreRow<V>(patch, 0, col, words);
   }
 }
 
