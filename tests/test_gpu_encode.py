@@ -61,10 +61,13 @@ def test_encoding_on_the_gpu_makes_the_same_bits(format, shape, density):
         _assert_same(got, encode_on_host(dense, format, shards))
 
 
-@pytest.mark.parametrize("density", [0.02, 0.4])
-def test_encoding_on_the_gpu_takes_the_same_format(density):
-    dense = sparse_matrix((300, 768), np.float16, density)
-    _assert_same(jax_flashllm.encode(jnp.asarray(dense)), jax_flashllm.encode(dense))
+@pytest.mark.parametrize(("density", "format"), [(0.02, "delta_csr"), (0.4, "bitmap")])
+def test_encoding_on_the_gpu_takes_the_same_format(density, format):
+    for shards in (1, (2, 3)):
+        dense = sparse_matrix((300, 12289), np.float16, density)
+        w = jax_flashllm.encode(jnp.asarray(dense), shards=shards)
+        assert w.format == format
+        _assert_same(w, jax_flashllm.encode(dense, shards=shards))
 
 
 def test_encoding_on_the_gpu_warns_of_negative_zeros():
