@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jax_flashllm.formats import Bitmap, SparseWeight, encode
+from jax_flashllm.formats import Bitmap, Format, SparseWeight, encode
 from jax_flashllm.formats.bitmap import BAND_ROWS, BLOCK_TILES, TILE_COLS
 from jax_flashllm.formats.weight import VECTOR
 from jax_flashllm.models.config import OPTConfig
@@ -33,11 +33,11 @@ _PROBABILITY_BITS = 16
 
 
 def synthesize(
-    config: OPTConfig, sparsity: float | None, dtype: Any, seed: int = 0, format: str = "bitmap"
+    config: OPTConfig, sparsity: float | None, dtype: Any, seed: int = 0, format: Format = "bitmap"
 ) -> OPT:
     """A model whose layers are `sparsity` sparse, or dense where it is None.
 
-    dtype: float16 or bfloat16, of weights and activations.   format: "bitmap" or "delta_csr".
+    dtype: float16 or bfloat16, of weights and activations.   format: as for `encode`.
     """
     maker = _Maker(sparsity, dtype, seed, config.layer_norm_elementwise_affine, format)
     model = OPT(config, make=maker, dtype=dtype)
@@ -54,10 +54,10 @@ class _Maker:
         dtype: Any,
         seed: int,
         affine: bool = True,
-        format: str = "bitmap",
+        format: Format = "bitmap",
     ):
         self.sparsity, self.dtype, self.affine = sparsity, np.dtype(dtype), affine
-        self.format = format
+        self.format: Format = format
         # XLA's own generator: threefry takes longer to compile and to run.
         self.key = jax.random.key(seed, impl="rbg")
         self.room: list[tuple[jax.Array, int]] = []
