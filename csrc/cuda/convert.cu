@@ -126,7 +126,8 @@ struct Items {
   const uint32_t* index;
   const uint32_t* offsets;
   int64_t capacity, index_capacity;  // of a shard, in elements
-  int64_t rows, items, total;        // of a shard; items of all shards
+  int64_t total;                     // items of all shards
+  uint32_t rows, items;              // of a shard
   int block_cols;
 };
 
@@ -183,16 +184,18 @@ __global__ void __launch_bounds__(kRowThreads)
   using V = Vector<kAligned, uint4>;
   extern __shared__ __align__(16) uint16_t shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t at = int64_t(blockIdx.x) * (kRowThreads / 32) + warp;
+  const uint32_t at = blockIdx.x * (kRowThreads / 32) + warp;
   if (at >= w.total) return;
-  const int64_t shard = at / w.items, item = at % w.items, block = item / w.rows;
+  const uint32_t shard = at / w.items, item = at % w.items;
+  const int64_t block = item / w.rows;
   Patch patch = PatchAt(dense, shard, item % w.rows, block * w.block_cols);
   patch.cols = min(patch.cols, w.block_cols);
-  const uint32_t* offsets = w.offsets + shard * (w.items + 2);
+  const uint32_t* offsets = w.offsets + shard * (int64_t(w.items) + 2);
   values += shard * w.capacity;
   if (!kDecode) {  // what lies behind a shard's last item
     const int64_t used = int64_t(__ldg(offsets + w.items)) * delta_csr::kGroupValues;
-    for (int64_t i = used + item * 32 + lane; i < w.capacity; i += w.items * 32) values[i] = 0;
+    for (int64_t i = used + int64_t(item) * 32 + lane; i < w.capacity; i += int64_t(w.items) * 32)
+      values[i] = 0;
   }
   const int bits = LoadBits(offsets, w.items);
   const DeltaItem from =
@@ -239,8 +242,14 @@ cudaError_t Convert(cudaStream_t stream, const Problem& p, const Dense& dense, u
     return Launch(stream, kernel, dim3(grid), kThreads, 0, false, w, p.shards, dense, values);
   }
   const delta_csr::Dims d(p.rows, p.k);
-  const Items w = {p.index, p.offsets, p.capacity,         p.index_capacity,
-                   d.rows,  d.items,   p.shards * d.items, static_cast<int>(d.block_cols)};
+  const Items w = {p.index,
+                   p.offsets,
+                   p.capacity,
+                   p.index_capacity,
+                   p.shards * d.items,
+                   static_cast<uint32_t>(d.rows),
+                   static_cast<uint32_t>(d.items),
+                   static_cast<int>(d.block_cols)};
   const unsigned grid = CeilDiv(w.total, kRowThreads / 32);
   const size_t shared = kRowThreads / 32 * 2 * d.block_cols;  // up to 48 KB
   const auto kernel =

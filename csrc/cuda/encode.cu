@@ -139,10 +139,11 @@ static_assert(kMaxChunks * kItemWarps * kChunkCols == delta_csr::kMaxBlockCols);
 static_assert(kLaneCols <= delta_csr::Filler(4));  // no fillers inside of a lane
 
 struct Items {
-  int64_t rows, items;  // of a shard
-  int block_cols, chunks;
+  uint32_t rows, items;    // of a shard
+  int block_cols, chunks;  // of a warp
   static Items Of(const delta_csr::Dims& d) {
-    return {d.rows, d.items, static_cast<int>(d.block_cols),
+    return {static_cast<uint32_t>(d.rows), static_cast<uint32_t>(d.items),
+            static_cast<int>(d.block_cols),
             static_cast<int>(CeilDiv(d.block_cols, kItemWarps * kChunkCols))};
   }
 };
@@ -158,7 +159,8 @@ struct ItemRow {
   int chunks, col;  // col: of this lane in the first chunk
 
   template <bool kAligned>
-  __device__ static ItemRow Load(const Dense& dense, const Items& w, int64_t shard, int64_t item) {
+  __device__ static ItemRow Load(const Dense& dense, const Items& w, uint32_t shard,
+                                 uint32_t item) {
     const int64_t block = item / w.rows;
     Patch patch = PatchAt(dense, shard, item % w.rows, block * w.block_cols);
     patch.cols = min(patch.cols, w.block_cols);
@@ -229,14 +231,14 @@ template <bool kAligned>
 __global__ void __launch_bounds__(kItemThreads)
     DeltaCsrCount(Dense dense, Items w, uint32_t* offsets) {
   __shared__ Part parts[kItemWarps];
-  const int64_t shard = blockIdx.x / w.items, item = blockIdx.x % w.items;
+  const uint32_t shard = blockIdx.x / w.items, item = blockIdx.x % w.items;
   const Part own = ItemRow::Load<kAligned>(dense, w, shard, item).Count();
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = own;
   __syncthreads();
   if (threadIdx.x) return;
   Prefix wide, narrow;
   for (const Part& p : parts) wide.Add(p, 8), narrow.Add(p, 4);
-  offsets[shard * (w.items + 2) + item] = static_cast<uint32_t>(
+  offsets[shard * (int64_t(w.items) + 2) + item] = static_cast<uint32_t>(
       delta_csr::Groups(wide.entries) | delta_csr::Groups(narrow.entries) << 16);
 }
 
@@ -333,9 +335,10 @@ __global__ void __launch_bounds__(kItemThreads)
   using namespace delta_csr;
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ Part parts[kItemWarps];
-  const int64_t shard = blockIdx.x / w.items, item = blockIdx.x % w.items;
+  const uint32_t shard = blockIdx.x / w.items, item = blockIdx.x % w.items;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  offsets += shard * (w.items + 2), values += shard * capacity, index += shard * index_capacity;
+  offsets += shard * (int64_t(w.items) + 2), values += shard * capacity,
+      index += shard * index_capacity;
   const int bits = LoadBits(offsets, w.items);
   const int64_t all = __ldg(offsets + w.items);
   ClearFrom(values, all * kGroupValues, capacity, item, w.items);
