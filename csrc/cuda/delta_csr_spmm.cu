@@ -217,25 +217,25 @@ __device__ __forceinline__ int FromCodes(int lane, int bits) {
   return lane * 2 - lane * bits / 2 - kBaseWords * 4;
 }
 
-// Up to `rows` rows from `row` on, counted over all shards: those that lie in its shard. The first
+// Rows from `row` up to `last`, counted over all shards: those that lie in its shard. The first
 // groups are on their way then.
-__device__ __forceinline__ Run Open(const Args& a, int block, int row, int rows, int lane,
+__device__ __forceinline__ Run Open(const Args& a, int block, int row, int last, int lane,
                                     Group (&ahead)[kAhead]) {
   Run r;
   const int shard = a.strips == a.shard_rows ? 0 : row / a.shard_rows;
   const int in_shard = row - shard * a.shard_rows;
-  r.row = row, r.rows = min(rows, a.shard_rows - in_shard);
+  r.row = row, r.rows = min(last - row, a.shard_rows - in_shard);
   const uint32_t* const offsets = a.offsets + int64_t(shard) * a.shard_offsets;
   const int64_t items = a.shard_offsets - 2, item = int64_t(block) * a.shard_rows + in_shard;
   r.ends = offsets + item + 1 + lane;
-  const uint32_t first = __ldg(offsets + item), last = lane < r.rows ? __ldg(r.ends) : 0;
+  const uint32_t first = __ldg(offsets + item), end = lane < r.rows ? __ldg(r.ends) : 0;
   r.bits = LoadBits(offsets, items);
   const int64_t words = a.index_capacity * 4 - items * kBaseWords;
   const int64_t room =
       min(r.bits == 4 ? words / delta_csr::GroupWords(4) : words / delta_csr::GroupWords(8),
           a.capacity * 8 / kGroupValues);
   r.limit = static_cast<uint32_t>(min(max(room, int64_t(0)), int64_t(UINT32_MAX)));
-  r.lane_end = min(last, r.limit);
+  r.lane_end = min(end, r.limit);
   const uint32_t at = min(first, r.limit);
   r.end = max(__shfl_sync(~0u, r.lane_end, 0), at);
   r.groups = r.end - at;
@@ -393,12 +393,12 @@ __global__ void __launch_bounds__(Shape<kT>::kWarps * 32, 1)
   ptx::LaunchDependents();
   // Runs that are a row longer go to a warp of each CTA first.
   const int run_index = warp * a.block_ctas + static_cast<int>(blockIdx.x) - block * a.block_ctas;
-  int row = FirstUnit(a, run_index), rows = FirstUnit(a, run_index + 1) - row;
+  const int row = FirstUnit(a, run_index), last = FirstUnit(a, run_index + 1);
 
   // W depends on nothing before this kernel; x may.
   Group ahead[kAhead] = {};
   Run run;
-  if (rows) run = Open(a, block, row, rows, lane, ahead);
+  if (row < last) run = Open(a, block, row, last, lane, ahead);
   const uint32_t x = ptx::SharedAddress(shared) + (kReach + 16) * kColumn;
   const int column0 = block * a.block_cols;
   const int columns = static_cast<int>(min(int64_t(a.block_cols), a.x_stride - column0));
@@ -407,7 +407,8 @@ __global__ void __launch_bounds__(Shape<kT>::kWarps * 32, 1)
   const bool checked = __syncthreads_or(StageX<kBf16, kT>(a, token0, column0, columns, x));
   if (checked) CountNotFinite<kBf16, kT>(x, columns, totals);
 
-  while (rows) {
+  if (row == last) return;
+  while (true) {
     if (checked) {
       if (run.bits == 4)
         Walk<kBf16, kT, 4, true>(a, run, block, token0, x, lane, totals, ahead);
@@ -419,8 +420,9 @@ __global__ void __launch_bounds__(Shape<kT>::kWarps * 32, 1)
       else
         Walk<kBf16, kT, 8, false>(a, run, block, token0, x, lane, totals, ahead);
     }
-    row += run.rows, rows -= run.rows;  // the rest lies in another shard
-    if (rows) run = Open(a, block, row, rows, lane, ahead);
+    const int next = run.row + run.rows;
+    if (next == last) break;
+    run = Open(a, block, next, last, lane, ahead);  // in another shard
   }
 }
 
