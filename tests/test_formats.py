@@ -290,14 +290,17 @@ def test_each_shard_of_delta_csr_takes_its_own_width():
     assert_product(jf.spmm(jax.device_put(w), x), x, dense)
 
 
-@pytest.mark.parametrize("fillers", [0, 1, 2, 3])
-def test_the_width_is_the_one_that_takes_fewer_bytes(fillers):
-    """384 weights a row, three groups of 8 bits, 1152 bytes, or of 4 bits, 960; with fillers four,
-    1280."""
+@pytest.mark.parametrize(
+    ("weights", "filler", "width"),
+    [(384, 0, 4), (384, 1, 8), (640, 0, 4), (640, 1, 8), (768, 1, 4)],
+)
+def test_the_width_is_the_one_that_takes_fewer_bytes(weights, filler, width):
+    """A group takes 384 bytes with 8 bits, 320 with 4; of whole groups a filler makes one more:
+    3 of 8 against 4, 5 against 6, which is equal, 6 against 7."""
     dense = np.zeros((1, 1000), np.float16)
-    dense[0, : 384 - fillers] = 1
-    dense[0, 384 - fillers + 15 * np.arange(fillers) + 14] = 1
-    assert _check_bytes(dense, 1).offsets[0, -1] == (8 if fillers else 4)
+    dense[0, : weights - 1] = 1
+    dense[0, weights - 1 + 15 * filler] = 1
+    assert _check_bytes(dense, 1).offsets[0, -1] == width
 
 
 def test_entries_may_come_in_any_order():
