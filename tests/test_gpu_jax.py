@@ -106,12 +106,13 @@ jax.jit(chain)(w, jnp.ones((4, 256), jnp.float16)).block_until_ready()
     assert not outside, text
 
 
-def test_two_devices():
+@pytest.mark.parametrize("format", FORMATS)
+def test_two_devices(format):
     devices = cuda_devices()
     if len(devices) < 2:
         pytest.skip("one CUDA device only")
     dense = sparse_matrix((256, 512), np.float16, 0.4, integers=True)
-    w = jax_flashllm.encode(dense, format="bitmap")
+    w = jax_flashllm.encode(dense, format=format)
     x = small_integers((4, 512), np.float16)
     for device in devices[:2]:
         y = multiply(jax.device_put(w, device), jax.device_put(x, device))
