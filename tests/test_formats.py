@@ -90,7 +90,7 @@ def test_sizes_of_delta_csr_are_those_of_the_documents(sparsity, size):
     assert jf.encode(dense, "delta_csr").bits_per_weight == pytest.approx(size, abs=0.03)
 
 
-@pytest.mark.parametrize("density", [0, 0.01, 0.05, 0.09, 0.105, 0.12, 0.3, 1])
+@pytest.mark.parametrize("density", [0, 1e-4, 1e-3, 0.01, 0.05, 0.09, 0.105, 0.12, 0.3, 1])
 @pytest.mark.parametrize("columns", [200, 1024, 7168, 25000])
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_auto_takes_the_smaller(columns, density, blocks):

@@ -406,10 +406,13 @@ def delta_csr_row_bytes(density: float, columns: int) -> float:
     spread = math.sqrt(2 * n * zero) + 1e-9
 
     def bytes_with(filler: int, group: int) -> float:
-        entries = n if density == 0 else n * (1 + zero ** (filler - 1) / (1 - zero**filler))
+        gaps = n + math.expm1(-n)
+        entries = n + (gaps * zero ** (filler - 1) / (1 - zero**filler) if n else 0)
         most = int((entries + 6 * spread) / 128) + 1
-        # A group is there where the entries are more than all before it hold.
-        groups = sum(math.erfc((128 * g + 0.5 - entries) / spread) / 2 for g in range(most))
+        # A group is there where the entries are more than all before it hold, the first where
+        # there are any.
+        more = (math.erfc((128 * g + 0.5 - entries) / spread) / 2 for g in range(1, most))
+        groups = sum(more) - math.expm1(-n)
         return blocks * (68 + group * groups)
 
     return min(bytes_with(15, 320), bytes_with(127, 384))
