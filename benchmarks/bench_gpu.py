@@ -28,8 +28,8 @@ from jax_flashllm import tuning
 FEW = [1, 2, 4, 8, 16, 32, 64]
 MANY = [128, 192, 256, 1024]
 SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
-# Unless asked for by --shapes, --tokens or --sparsity, Delta-CSR has no more tokens and no denser
-# weights than these, and matrices with fewer weights have neither it nor 95%.
+# Unless asked for by --tokens or --sparsity, Delta-CSR has no more tokens and no denser weights
+# than these, and matrices with fewer weights than LARGE are not 95% sparse.
 DELTA_TOKENS, DELTA_SPARSITY = 32, 0.6
 LARGE = 4096 * 4096
 XLA_PRODUCTS, XLA_BYTES = 48, 16 << 30  # of a program: its weights may take so much
@@ -72,7 +72,7 @@ def run(
             found = [("cuBLAS", n, us, spread, dense.nbytes, 0.0)
                      for n, (us, spread) in dense_us.items()]  # fmt: skip
             for format in args.formats:
-                found += ours(lib, case, format, kept(args, format, shape, part, sparsity))
+                found += ours(lib, case, format, kept(args, format, part, sparsity))
             for name, plugin in plugins.items():
                 found += plugged(case, name, plugin)
             if args.xla:
@@ -103,12 +103,10 @@ def run(
     return rows, wrong
 
 
-def kept(args, format: str, shape: tuple[int, int], tokens: list[int], sparsity: float):
+def kept(args, format: str, tokens: list[int], sparsity: float) -> list[int]:
     """Those of `tokens` that a run has of a format."""
     if format != "delta_csr":
         return tokens
-    if not args.shapes and math.prod(shape) < LARGE:
-        return []
     if not args.sparsity and sparsity < DELTA_SPARSITY:
         return []
     return [n for n in tokens if args.tokens or n <= DELTA_TOKENS]
