@@ -329,7 +329,7 @@ __device__ inline void ClearFrom(T* buffer, int64_t used, int64_t capacity, int6
 }
 
 template <bool kAligned>
-__global__ void __launch_bounds__(kItemThreads)
+__global__ void __launch_bounds__(kItemThreads, 4)  // a tenth faster than three of them
     DeltaCsrFill(Dense dense, Items w, const uint32_t* offsets, int64_t capacity,
                  int64_t index_capacity, uint32_t* index, uint16_t* values) {
   using namespace delta_csr;
