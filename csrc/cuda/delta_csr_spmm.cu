@@ -1,9 +1,9 @@
 // Delta-CSR main loop: a warp a row, whose lanes gather x from shared memory.
 //
 //   x                  L2  --> shared memory, [column][tokens]      once, by all warps
-//   values and codes   HBM --> registers, kAhead groups ahead       one run of bytes a warp
+//   values and codes   HBM --> registers, 3 or 4 groups ahead       one run of bytes a warp
 //
-//   group   | load, kAhead further | a dp4a an entry: its address | gather x | FMA, a token each |
+//   group   | load, 3 or 4 further | a dp4a an entry: its address | gather x | FMA, a token each |
 //   row     | its groups | sums over the lanes | kept by one of 32 / tokens lanes |
 //   rows    | 32 / tokens of them | to y, or to `partial` |
 //
@@ -26,8 +26,6 @@ using delta_csr::kBaseWords;
 using delta_csr::kGroupValues;
 using delta_csr::kSteps;
 
-// Groups that a lane has in flight: 320 or 384 bytes a warp each.
-constexpr int kAhead = 4;
 // Codes of 8 bits take a lane at most so many columns back in a group, or on. What is read there is
 // garbage, for codes that lie.
 constexpr int kReach = kSteps * 128;
@@ -35,8 +33,10 @@ constexpr int kCombineThreads = 128;
 
 template <int kT>
 struct Shape {
-  // As many registers as the sums of kT tokens take.
+  // As many registers as the sums of kT tokens take, and groups that a lane has in flight: of a
+  // warp 320 or 384 bytes each.
   static constexpr int kWarps = kT == 8 ? 20 : 32;
+  static constexpr int kAhead = kT == 2 || kT == 4 ? 3 : 4;
   static constexpr int kColumnBytes = kT == 1 ? 4 : 2 * kT;
   static constexpr int kStageColumns = kT <= 2 ? 8 : 16 / kT;  // of a thread at a time
   static constexpr int kStageAhead = kT == 8 ? 3 : 2;
@@ -177,17 +177,14 @@ template <int kBits>
 constexpr int kCodeBytes = delta_csr::GroupWords(kBits) * 4;  // of all lanes
 constexpr int kValueBytes = kGroupValues * 2;
 
-// Group i of those from `values` and `codes` on, if it is there. Else g stays as it is: so the
-// compiler leaves loads behind the last use of g, where another register would have to be copied
-// to g, and waited for.
+// Group i of those from `values` and `codes` on, if it is there.
 template <int kBits>
 __device__ __forceinline__ void Load(bool there, const uint8_t* values, const uint8_t* codes, int i,
                                      Group& g) {
-  ptx::LoadOnce64(there, values + i * kValueBytes, g.values);
-  if constexpr (kBits == 4)
-    ptx::LoadOnce16(there, codes + i * kCodeBytes<kBits>, g.codes);
-  else
-    ptx::LoadOnce32(there, codes + i * kCodeBytes<kBits>, g.codes);
+  if (!there) return;
+  g.values = ptx::LoadOnce64(values + i * kValueBytes);
+  codes += i * kCodeBytes<kBits>;
+  g.codes = kBits == 4 ? ptx::LoadOnce16(codes) : ptx::LoadOnce32(codes);
 }
 
 // Rows of a shard that a warp has, and where it stands in them. Pointers are the lane's own.
@@ -206,7 +203,7 @@ __device__ __forceinline__ uint32_t LaneEnd(const Run& r, int i, int lane) {
   return i + lane < r.rows ? min(__ldg(r.ends + i), r.limit) : 0;
 }
 
-template <int kBits>
+template <int kBits, int kAhead>
 __device__ __forceinline__ void LoadFirst(const Run& r, Group (&ahead)[kAhead]) {
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) Load<kBits>(s < r.groups, r.values, r.codes, s, ahead[s]);
@@ -219,6 +216,7 @@ __device__ __forceinline__ int FromCodes(int lane, int bits) {
 
 // Rows from `row` up to `last`, counted over all shards: those that lie in its shard. The first
 // groups are on their way then.
+template <int kAhead>
 __device__ __forceinline__ Run Open(const Args& a, int block, int row, int last, int lane,
                                     Group (&ahead)[kAhead]) {
   Run r;
@@ -275,7 +273,7 @@ __device__ __forceinline__ float SumOverLanes(float (&sums)[kT], int lane) {
 
 // The run's rows. kChecked: x of some token is not all finite, `totals` numbers of it. A weight
 // that is not stored must meet them too: where fewer than these have been met, the sum is NaN.
-template <bool kBf16, int kT, int kBits, bool kChecked>
+template <bool kBf16, int kT, int kBits, bool kChecked, int kAhead>
 __device__ __forceinline__ void Walk(const Args& a, Run& r, int block, int token0, uint32_t x,
                                      int lane, const int* totals, Group (&ahead)[kAhead]) {
   using S = Shape<kT>;
@@ -339,8 +337,9 @@ __device__ __forceinline__ void Walk(const Args& a, Run& r, int block, int token
       for (; left > kAhead; left -= kAhead) {
 #pragma unroll
         for (int s = 0; s < kAhead; ++s) {
-          add(ahead[s]);
+          const Group g = ahead[s];
           Load<kBits>(kAhead + s < left, r.values, r.codes, kAhead + s, ahead[s]);
+          add(g);
         }
         r.values += kAhead * kValueBytes, r.codes += kAhead * kCodeBytes<kBits>;
       }
@@ -358,8 +357,9 @@ __device__ __forceinline__ void Walk(const Args& a, Run& r, int block, int token
     if constexpr (!kChecked) {
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) {
-        if (s < left) add(ahead[s]);
+        const Group g = ahead[s];
         Load<kBits>(s < next.groups, next.values, next.codes, s, ahead[s]);
+        if (s < left) add(g);
       }
     }
     r = next;
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(Shape<kT>::kWarps * 32, 1)
   const int row = FirstUnit(a, run_index), last = FirstUnit(a, run_index + 1);
 
   // W depends on nothing before this kernel; x may.
-  Group ahead[kAhead] = {};
+  Group ahead[Shape<kT>::kAhead] = {};
   Run run;
   if (row < last) run = Open(a, block, row, last, lane, ahead);
   const uint32_t x = ptx::SharedAddress(shared) + (kReach + 16) * kColumn;

@@ -63,27 +63,18 @@ __device__ __forceinline__ uint32_t LoadOnce16(const void* p) {
   return v;
 }
 
-// The same if it is `there`; v stays as it is otherwise.
-__device__ __forceinline__ void LoadOnce16(bool there, const void* p, uint32_t& v) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.L1::no_allocate.u16 %0, [%1]; }"
-      : "+r"(v)
-      : "l"(p), "r"(uint32_t(there)));
+__device__ __forceinline__ uint32_t LoadOnce32(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
 }
 
-__device__ __forceinline__ void LoadOnce32(bool there, const void* p, uint32_t& v) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.L1::no_allocate.u32 %0, [%1]; }"
-      : "+r"(v)
-      : "l"(p), "r"(uint32_t(there)));
-}
-
-__device__ __forceinline__ void LoadOnce64(bool there, const void* p, uint2& v) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %3, 0;"
-      " @p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
-      : "+r"(v.x), "+r"(v.y)
-      : "l"(p), "r"(uint32_t(there)));
+__device__ __forceinline__ uint2 LoadOnce64(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(p));
+  return v;
 }
 
 // The same, or zeros. The compiler would select behind a load, and wait for it.
