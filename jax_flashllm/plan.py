@@ -36,8 +36,8 @@ DENSE_TOKENS, WIDE_DENSE_TOKENS = 512, 1025
 # and has x of a block of columns in shared memory, with a margin: so many bytes a column.
 _PASSES = {1: (32, 4), 2: (32, 4), 4: (32, 8), 8: (20, 16)}
 _MARGIN_COLS, _CONTROL_BYTES = 1040, 128
-# From so many tokens on, passes of 8, decoding W once costs less. On an H100 at 80% zeros, where both
-# take 345 us with 40 at 28672x7168; at 60% from 24 to 26 on, at 90% from 56 to 72.
+# From so many tokens on, passes of 8, decoding W once costs less. On an H100 at 80% zeros both take
+# 345 us with 40 tokens at 28672x7168; at 60% it does from 24 to 26 on, at 90% from 56 to 72.
 DELTA_DENSE_TOKENS = 41
 # With x in terms every sum passes through the workspace; this bounds it.
 _TERM_TOKENS = 512
