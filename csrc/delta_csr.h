@@ -32,7 +32,7 @@
 
 namespace flashllm::delta_csr {
 
-constexpr int kMaxBlockCols = 12288;  // 8 tokens of so many columns fit into shared memory
+constexpr int kMaxBlockCols = 12288;  // x of 8 tokens of so many fits into 227 KB of shared memory
 constexpr int kLanes = 32;
 constexpr int kSteps = 4;                      // of a group
 constexpr int kGroupValues = kLanes * kSteps;  // halves
