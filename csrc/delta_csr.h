@@ -14,8 +14,9 @@
 // Fillers before a lane's first weight and behind its last have code 0, and a lane without weights
 // base 0. All lists of an item are filled up with code 0 to as many groups of four entries as the
 // longest needs, ceil(T / 128). Entries without a weight are dead: they hold +0. The order of a
-// list's entries is free, as long as the codes say where they are, and no entry leads outside of
-// [-1, the block's columns); `encode` writes them by rising column.
+// list's entries is free, as long as the codes say where they are, no entry leads outside of
+// [-1, the block's columns that W has), and an item has no more groups than the columns of a block
+// fill; `encode` writes them by rising column.
 //
 //   item     block * rows + row
 //   values   half   [capacity]        a group: [32 lanes][4 entries]
@@ -67,11 +68,9 @@ inline constexpr int Bits(int64_t groups8, int64_t groups4) {
   return groups4 * (kHalves + 4 * GroupWords(4)) < groups8 * (kHalves + 4 * GroupWords(8)) ? 4 : 8;
 }
 
-// Of an item with `entries` entries: where lane `lane` starts, and the lane that has entry `i`.
+// Where a lane of an item with `entries` entries starts. So entry i is in lane
+// ((i + 1) kLanes - 1) / entries.
 inline constexpr int64_t LaneStart(int lane, int64_t entries) { return lane * entries / kLanes; }
-inline constexpr int LaneOf(int64_t i, int64_t entries) {
-  return static_cast<int>(((i + 1) * kLanes - 1) / entries);
-}
 
 // Where an item starts in index, with `groups` before it; the capacity that all items take.
 inline constexpr int64_t IndexStart(int64_t item, int64_t groups, int bits) {

@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_flashllm.formats.weight import delta_csr_row_bytes
 from jax_flashllm.models.config import OPTConfig, is_linear
-from jax_flashllm.plan import DENSE_TOKENS
+from jax_flashllm.plan import DELTA_DENSE_TOKENS
 
 # As nvidia-smi shows them, in bytes.
 GPUS = {
@@ -108,9 +108,10 @@ def workspace_bytes(config: OPTConfig, tokens: int, batch: int) -> int:
     activations = 2 * tokens * (3 * H + max(F, 4 * H))
     scores = batch * config.num_attention_heads * T * T * (4 + 2)
     logits = 3 * 4 * batch * config.vocab_size
-    # Where a GPU decodes a matrix for many tokens: it, and the product in float32.
+    # Where a GPU decodes a matrix for many tokens, the soonest in Delta-CSR: it, and the product
+    # in float32.
     decoded = 2 * max(m * k for m, k in matrices(config)) + 4 * tokens * max(3 * H, F)
-    return activations + scores + logits + (decoded if tokens >= DENSE_TOKENS else 0)
+    return activations + scores + logits + (decoded if tokens >= DELTA_DENSE_TOKENS else 0)
 
 
 def estimate(

@@ -548,7 +548,8 @@ def test_validate_finds_a_broken_delta_csr(density):
     filler = 127 if width == 8 else 15
     broken_item("leaves its block of 2048 columns", base=2048)
     broken_item("leaves its block of 2048 columns", base=65535)
-    broken_item("weight outside the matrix .40, 2000.", base=2047, codes=[1, 0, 0, 0])
+    broken_item("leaves its block of 2048 columns, or W", base=2047, codes=[1, 0, 0, 0])
+    broken_item("leaves its block of 2048 columns, or W", base=2001, codes=[0, 0, 0, 0])
     if width == 8:
         broken_item("leaves its block", base=5, codes=[1, -128, 0, 0])
         broken_item("weight outside", base=5, codes=[1, -6, 0, 0], values=[1, 1, 0, 0])
@@ -562,6 +563,19 @@ def test_validate_finds_a_broken_delta_csr(density):
     )  # fmt: skip
     with pytest.raises(ValueError, match="values are float32"):
         w.with_values(w.values.astype(np.float32)).validate()
+    with pytest.raises(ValueError, match=r"shape must be \[M, K\]"):
+        dataclasses.replace(w, shape=(40, 0))
+    # An item of 64 columns, which one group has room for, with a dead second one.
+    w = jf.encode(np.eye(2, 64, dtype=np.float16), "delta_csr")
+    assert np.asarray(w.offsets)[0, :3].tolist() == [0, 1, 2]
+    width = int(w.offsets[0, -1])
+    index = np.insert(np.asarray(w.index), [16 + 4 * width] * 4 * width, 0, axis=1)
+    broken(
+        "an item of 2 groups, but the columns of a block fill 1",
+        offsets=w.offsets + jnp.uint32([0, 1, 1, 0]),
+        index=index,
+        values=np.insert(np.asarray(w.values), [128] * 128, 0, axis=1),
+    )
     # Five rows in four shards of two: the last shard has none.
     w = jf.encode(np.ones((5, 128), np.float16), "delta_csr", shards=4)
     w.validate()

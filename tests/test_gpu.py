@@ -173,14 +173,16 @@ def test_float32_tokens_keep_their_range(weight, exponent):
 
 @pytest.mark.parametrize("token", FLOATS, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
-def test_inf_and_nan_meet_zeros_too(format, token):
-    dense = sparse_matrix((96, 192), np.float16, 0.3)
+@pytest.mark.parametrize("shape, shards", [((96, 192), 1), ((44, 12350), 3)])  # two column blocks
+def test_inf_and_nan_meet_zeros_too(shape, shards, format, token):
+    dense = sparse_matrix(shape, np.float16, 0.3)
     dense[5, 7], dense[40, 100] = np.inf, np.nan
-    x = normals((6, 192), token)
-    x[1, 3], x[2, 100], x[3, 150] = np.inf, np.nan, -np.inf
+    x = normals((6, shape[1]), token)
+    x[1, 3], x[2, 100], x[3, -42] = np.inf, np.nan, -np.inf
     with np.errstate(invalid="ignore"):
         ref = dense_product(x, dense)
-    y = np.asarray(multiply(jax_flashllm.encode(dense, format=format), x)).astype(np.float64)
+    w = jax_flashllm.encode(dense, format=format, shards=shards)
+    y = np.asarray(multiply(w, x)).astype(np.float64)
     np.testing.assert_array_equal(np.isnan(y), np.isnan(ref))
     np.testing.assert_array_equal(y[np.isinf(ref)], ref[np.isinf(ref)])
 

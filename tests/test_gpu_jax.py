@@ -148,6 +148,8 @@ def test_garbage_stays_inside_the_buffers(format):
 
     for n in (1, 2, 3, 8, 20, 64, 128, 300):
         x = jnp.asarray(normals((n, 15000), np.float16))
+        if n in (2, 20):  # rows are walked another way then
+            x = x.at[-1, 7].set(jnp.inf)
         for f, b in itertools.product((jax_flashllm.spmm, gradient), broken):
             jax.block_until_ready(jax.jit(f)(b, x))
     for b in broken:

@@ -213,7 +213,8 @@ struct DeltaCsrWeight : Weight {
     const int64_t first = o[item], end = o[item + 1];
     const int bits = o[dims.items + 1] == 4 ? 4 : 8;
     if (o[dims.items + 1] != static_cast<uint32_t>(bits) || first > end ||
-        end * kGroupValues > shards.capacity || IndexStart(item + 1, end, bits) > index_capacity)
+        end - first > Groups(dims.block_cols) || end * kGroupValues > shards.capacity ||
+        IndexStart(item + 1, end, bits) > index_capacity)
       return false;
     *out = {index + shard * index_capacity + IndexStart(item, first, bits),
             values + shard * shards.capacity + first * kGroupValues,

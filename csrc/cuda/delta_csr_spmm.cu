@@ -327,9 +327,10 @@ __device__ __forceinline__ void Walk(const Args& a, Run& r, int block, int token
     uint32_t left = r.groups;
     if constexpr (kChecked) {
 #pragma unroll 1
-      for (int s = 0; s < left; ++s) {
+      for (uint32_t s = 0; s < left; ++s) {  // as many as offsets say, which may lie
         Group g = {};
-        Load<kBits>(true, r.values, r.codes, s, g);
+        Load<kBits>(true, r.values + uint64_t(s) * kValueBytes,
+                    r.codes + uint64_t(s) * kCodeBytes<kBits>, 0, g);
         add(g);
       }
     } else {

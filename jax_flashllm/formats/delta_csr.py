@@ -38,6 +38,7 @@ FILLER = {4: 15, 8: 127}
 
 def grid_of(cols: int) -> tuple[int, int]:
     """Blocks of a shard with so many columns, and the columns of a block."""
+    cols = max(cols, 1)  # no columns are refused later
     block_cols = -(-cols // -(-cols // MAX_BLOCK_COLS))
     block_cols = -(-block_cols // 64) * 64
     return -(-cols // block_cols), block_cols
@@ -117,6 +118,12 @@ class DeltaCSR(SparseWeight):
                 f"DeltaCSR: the {total} groups of shard {s} need {needed[0]} values and "
                 f"{needed[1]} words of index, but there are {room[0]} and {room[1]}"
             )
+        most = -(-grid_of(self.shard_columns)[1] // GROUP)
+        if groups.max(initial=0) > most:
+            raise ValueError(
+                f"DeltaCSR: shard {s} has an item of {groups.max()} groups, but the columns of a "
+                f"block fill {most}"
+            )
         return groups, bits
 
     def _codes(self, s: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,11 +161,13 @@ class DeltaCSR(SparseWeight):
         _, block_cols = grid_of(k)
         groups, _ = self._groups(s)
         column, live = self._columns_of(s)
-        if column.min(initial=0) < -1 or column.max(initial=0) >= block_cols:
+        of_group = np.repeat(np.arange(groups.size), groups)
+        columns = np.minimum(block_cols, k - of_group // rows * block_cols)  # the last block's
+        if (column < -1).any() or (column >= columns[:, None, None]).any():
             raise ValueError(
-                f"DeltaCSR: shard {s} has a list that leaves its block of {block_cols} columns"
+                f"DeltaCSR: shard {s} has a list that leaves its block of {block_cols} columns, or W"
             )
-        item = np.repeat(np.arange(groups.size), groups)[np.nonzero(live)[0]]
+        item = of_group[np.nonzero(live)[0]]
         block, row = np.divmod(item, rows)
         column = column[live]
         outside = (column < 0) | (column + block * block_cols >= k) | (row + s * rows >= m)

@@ -40,7 +40,7 @@ READ_BYTES = 2 << 30
 
 # Names of GPU kernels, first match wins.
 KINDS = [
-    ("spmm", r"BitmapKernel|DeltaCsrKernel|WideKernel|GemmKernel"),
+    ("spmm", r"BitmapKernel|(?<!Combine)DeltaCsrKernel|WideKernel|GemmKernel"),
     ("spmm, before and after", r"ClearFlags|Combine|Prepare"),
     ("W made dense", r"BitmapConvert|DeltaCsrConvert"),
     ("attention", r"AttentionKernel|cudnn|flash_fprop"),
