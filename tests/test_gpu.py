@@ -173,7 +173,7 @@ def test_float32_tokens_keep_their_range(weight, exponent):
 
 @pytest.mark.parametrize("token", FLOATS, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("shape, shards", [((96, 192), 1), ((44, 12350), 3)])  # two column blocks
+@pytest.mark.parametrize(("shape", "shards"), [((96, 192), 1), ((44, 12350), 3)])
 def test_inf_and_nan_meet_zeros_too(shape, shards, format, token):
     dense = sparse_matrix(shape, np.float16, 0.3)
     dense[5, 7], dense[40, 100] = np.inf, np.nan

@@ -272,8 +272,8 @@ struct Stage {
     for (int i = threadIdx.x; i < n; i += kItemThreads) words[i] = 0;
   }
   __device__ void SetEntries(int n) { entries = n, inverse = 1.0f / n; }
-  // As delta_csr::LaneStart has it. Exact: quotients are below 32, and half a step of 1 / 12288 at least from
-  // the next integer, which float's 2^-23 does not bridge.
+  // As delta_csr::LaneStart has it. Exact: quotients are below 32, and half a step of 1 / 12288 at
+  // least from the next integer, which float's 2^-23 does not bridge.
   __device__ int List(int entry) const {
     return static_cast<int>((entry * delta_csr::kLanes + (delta_csr::kLanes - 0.5f)) * inverse);
   }

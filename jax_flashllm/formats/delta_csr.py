@@ -165,7 +165,8 @@ class DeltaCSR(SparseWeight):
         columns = np.minimum(block_cols, k - of_group // rows * block_cols)  # the last block's
         if (column < -1).any() or (column >= columns[:, None, None]).any():
             raise ValueError(
-                f"DeltaCSR: shard {s} has a list that leaves its block of {block_cols} columns, or W"
+                f"DeltaCSR: shard {s} has a list that leaves its block of {block_cols} columns, "
+                "or W"
             )
         item = of_group[np.nonzero(live)[0]]
         block, row = np.divmod(item, rows)
