@@ -74,6 +74,6 @@ def test_the_same_tokens_and_bits_every_time(tmp_path):
 def test_handlers_called_by_themselves():
     """What compute-sanitizer runs on a GPU, with the CPU's handlers."""
     run = sanitize_gpu.Runtime(host=True)
-    assert sanitize_gpu.valid(run, quick=True) == 72
+    assert sanitize_gpu.valid(run, quick=True) == 84
     assert 0 < sanitize_gpu.garbage(run, 30, seed=0) < 90
     assert run.called == run.targets.keys()
