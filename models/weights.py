@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jax_flashllm.formats import (
+    FORMATS,
+    Format,
     SparseWeight,
     bitmap_of_packed,
     encode,
@@ -52,8 +54,11 @@ def load(
     mesh: Mesh | None = None,
     tensor: str = "tp",
     data: str = "dp",
+    format: Format = "auto",
 ) -> OPT:
     """See `opt.load`."""
+    if format not in FORMATS:
+        raise ValueError(f"opt.load: format must be auto, bitmap or delta_csr, got {format!r}")
     with checkpoint.open_checkpoint(path) as ckpt:
         names, config = verify(ckpt)
         try:
@@ -71,7 +76,8 @@ def load(
         if mesh is None:
             _check_fits(names, config, cast or compute)
         layout = None if mesh is None else Layout.create(mesh, config, tensor, data)
-        loader = Loader(names, config, compute, cast if cast != np.float32 else None, layout)
+        cast = cast if cast != np.float32 else None
+        loader = Loader(names, config, compute, cast, layout, format)
         # Shown on a terminal, once a second has passed.
         progress = tqdm(
             total=len(names.stored),
@@ -309,7 +315,7 @@ class Loader:
     """A maker that reads.
 
     compute: dtype of activations.   cast: the 16-bit dtype to cast weights to, None for none.
-    layout: where each part goes; None is JAX's default device.
+    layout: where each part goes; None is JAX's default device.   format: of sparse matrices.
     """
 
     def __init__(
@@ -319,8 +325,10 @@ class Loader:
         compute: np.dtype,
         cast: np.dtype | None,
         layout: Layout | None = None,
+        format: Format = "auto",
     ):
         self.names, self.compute, self.cast, self.layout = names, compute, cast, layout
+        self.format: Format = format
         self.parts = 1 if layout is None else layout.parts
         self.affine = config.layer_norm_elementwise_affine
         self.on_read: Callable[[], Any] = lambda: None  # a tensor
@@ -411,8 +419,8 @@ class Loader:
     def _packed(self, names: list[str]) -> SparseWeight | None:
         """The matrices of `names`, one below the other, from what is stored, never dense.
 
-        None where they are stored dense, in other dtypes, split over devices, or so sparse that
-        Delta-CSR is smaller.
+        None where they are stored dense, in other dtypes, split over devices, or Delta-CSR is asked
+        for or smaller.
         """
         dtype = self.names.dtype(names[0])
         plain = dtype.itemsize == 2 and self.cast in (None, dtype) and self.layout is None
@@ -422,7 +430,10 @@ class Loader:
             return None
         size = sum(math.prod(self.names.shape(name)) for name in names)
         columns = self.names.shape(names[0])[1]
-        if smaller_format(sum(map(self.names.nnz, names)) / size, columns) != "bitmap":
+        format = self.format
+        if format == "auto":
+            format = smaller_format(sum(map(self.names.nnz, names)) / size, columns)
+        if format != "bitmap":
             return None
         parts = []
         for name in names:
@@ -432,9 +443,10 @@ class Loader:
 
     def _encoded(self, dense: np.ndarray, rows: str | None, columns: str | None) -> SparseWeight:
         if self.layout is None:
-            return encode(dense)
+            return encode(dense, self.format)
         grid = self.parts if rows else 1, self.parts if columns else 1
-        return place(encode_on_host(dense, shards=grid), self.layout.sharding(columns or rows))
+        encoded = encode_on_host(dense, self.format, grid)
+        return place(encoded, self.layout.sharding(columns or rows))
 
     def _vector(self, names: list[str], split: str | None = None) -> jax.Array:
         """Biases and scales: small, so held in the dtype they are used in where that is wider."""

@@ -89,6 +89,15 @@ def test_greedy_text_is_that_of_the_library_and_the_cache_is_filled(command, env
     assert os.listdir(os.path.join(environment["XDG_CACHE_HOME"], "jax_flashllm"))
 
 
+def test_a_packed_model_may_be_held_as_delta_csr(inside):
+    args = ("generate", "--prompt", PROMPT, "--max-new-tokens", "12", "--temperature", "0")
+    assert inside(*args, "--format", "delta_csr") == inside(*args)
+    kernel = opt.load(common.DEMO, format="delta_csr").layers[0].fc1.weight
+    assert (kernel.format, opt.load(common.DEMO).layers[0].fc1.weight.format) == (
+        "delta_csr", "bitmap",
+    )  # fmt: skip
+
+
 def test_a_seed_decides_the_text(inside):
     texts = [
         inside("generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--seed", seed)[1]

@@ -97,6 +97,23 @@ def test_zeros_make_sparse_layers_with_the_same_logits(tmp_path, variant, stored
     np.testing.assert_allclose(y[mask == 1], expected[mask == 1], atol=1e-4)
 
 
+@pytest.mark.parametrize("format", ["bitmap", "delta_csr"])
+def test_sparse_layers_take_the_format_that_is_asked_for(tmp_path, format):
+    config = tiny_opt.config("plain")
+    weights = {
+        k: v.astype(np.float16) for k, v in tiny_opt.weights(config, np.float16, 0.7).items()
+    }
+    model = opt.load(tiny_opt.save(tmp_path, config, weights), format=format)
+    for layer in model.layers:
+        for linear in (layer.self_attn.qkv_proj, layer.self_attn.out_proj, layer.fc1, layer.fc2):
+            assert linear.weight.format == format
+    ids, mask = tiny_opt.prompts()
+    expected = logits(opt.OPT(model.config, make=DenseLoader(weights)), ids, mask)
+    np.testing.assert_allclose(logits(model, ids, mask)[mask == 1], expected[mask == 1], atol=1e-4)
+    with pytest.raises(ValueError, match="format must be auto, bitmap or delta_csr, got 'csr'"):
+        opt.load(tmp_path, format="csr")
+
+
 class DenseLoader(opt.Initializer):
     """Gives every tensor in float32 to nnx layers, by names; shares no code with models/weights."""
 

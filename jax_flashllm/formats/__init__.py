@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax_flashllm.formats.weight import (
 __all__ = ["Bitmap", "DeltaCSR", "SparseWeight", "encode", "stack"]
 
 Format = Literal["auto", "bitmap", "delta_csr"]
+FORMATS = get_args(Format)
 Shards = int | tuple[int, int]  # row blocks, or (row blocks, column blocks)
 
 
@@ -80,7 +81,7 @@ def _sample_step(dense) -> int:
 
 
 def _check_format(format: str) -> None:
-    if format not in ("auto", "bitmap", "delta_csr"):
+    if format not in FORMATS:
         raise ValueError(f"encode: format must be auto, bitmap or delta_csr, got {format!r}")
 
 

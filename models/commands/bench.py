@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> None:
     from jax_flashllm.models import opt
     from jax_flashllm.models.densify import densify, sparse_share
 
-    model = opt.load(path, args.dtype)
+    model = opt.load(path, args.dtype, format=args.format)
     context = model.config.max_position_embeddings
     if args.prompt_tokens + args.tokens > context:  # before a prompt of that size is made
         raise ValueError(

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sparsity", type=number(float, 0, 1), default=0.7, metavar="S", help="default 0.7"
     )
     parser.add_argument(
-        "--format", choices=("auto", "bitmap", "delta_csr"), default="auto",
+        "--format", choices=common.FORMATS, default="auto",
         help="of sparse weights (default: auto, the smaller)",
     )  # fmt: skip
     parser.add_argument(

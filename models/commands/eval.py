@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
     tokenizer = open_tokenizer(path)
     ids = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int64)
-    model = opt.load(path, args.dtype)
+    model = opt.load(path, args.dtype, format=args.format)
     context = args.context or model.config.max_position_embeddings
 
     def measure(model: OPT) -> tuple[Perplexity, float]:

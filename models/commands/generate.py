@@ -122,7 +122,7 @@ def _continue(args: argparse.Namespace, path: Path, prompt: str, out: TextIO) ->
     loading = common.process_age()
     tokenizer = open_tokenizer(path)
     ids = tokenizer.encode(prompt)
-    model = opt.load(path, args.dtype, mesh=distributed.mesh(args))
+    model = opt.load(path, args.dtype, mesh=distributed.mesh(args), format=args.format)
     loaded = common.process_age()
     most = args.max_new_tokens
     if most is None:
