@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from jax_flashllm.formats.weight import delta_csr_row_bytes
+from jax_flashllm.formats import delta_csr
 from jax_flashllm.models.config import OPTConfig, is_linear
 from jax_flashllm.plan import DELTA_DENSE_TOKENS
 
@@ -57,7 +57,7 @@ def bitmap_bytes(rows: int, columns: int, nonzeros: float) -> int:
 
 def delta_csr_bytes(rows: int, columns: int, nonzeros: float) -> int:
     """Of a `formats.DeltaCSR` in 16 bits whose nonzeros are spread evenly."""
-    return int(rows * delta_csr_row_bytes(nonzeros / (rows * columns), columns))
+    return int(rows * delta_csr.row_bytes(nonzeros / (rows * columns), columns))
 
 
 def held_bytes(

@@ -11,13 +11,12 @@ import numpy as np
 from jax_flashllm import _flashllm
 from jax_flashllm.formats import on_gpu
 from jax_flashllm.formats.bitmap import Bitmap
-from jax_flashllm.formats.delta_csr import DeltaCSR
+from jax_flashllm.formats.delta_csr import DeltaCSR, smaller_format
 from jax_flashllm.formats.weight import (
     SparseWeight,
     check_dense,
     check_process,
     room,
-    smaller_format,
     words,
 )
 

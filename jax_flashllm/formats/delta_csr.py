@@ -22,6 +22,8 @@ lane's weights come; `encode` writes them by rising column.
 """
 
 import dataclasses
+import math
+from typing import Literal
 
 import jax
 import numpy as np
@@ -42,6 +44,39 @@ def grid_of(cols: int) -> tuple[int, int]:
     block_cols = -(-cols // -(-cols // MAX_BLOCK_COLS))
     block_cols = -(-block_cols // 64) * 64
     return -(-cols // block_cols), block_cols
+
+
+def smaller_format(density: float, columns: int) -> Literal["bitmap", "delta_csr"]:
+    """The format that takes fewer bytes for a shard with so many columns, nonzeros spread evenly.
+
+    A bitmap's row takes 2 bytes a nonzero, 1/8 a column, and alignment.
+    """
+    bitmap = 2 * density * columns + columns * 1.02 / 8
+    return "delta_csr" if row_bytes(density, columns) < bitmap else "bitmap"
+
+
+def row_bytes(density: float, columns: int) -> float:
+    """What a row of a shard takes in the mean, nonzeros spread evenly.
+
+    In each of its blocks bases and an offset, and groups of entries: nonzeros, whose number varies
+    from row to row, and fillers, one for each whole 15 or 127 columns of a gap.
+    """
+    blocks, _ = grid_of(columns)
+    n, zero = density * columns / blocks, 1 - density
+    spread = math.sqrt(2 * n * zero) + 1e-9
+
+    def bytes_with(bits: int) -> float:
+        filler = FILLER[bits]
+        gaps = n + math.expm1(-n)
+        entries = n + (gaps * zero ** (filler - 1) / (1 - zero**filler) if n else 0)
+        most = int((entries + 6 * spread) / GROUP) + 1
+        # A group is there where the entries are more than all before it hold, the first where
+        # there are any.
+        more = (math.erfc((GROUP * g + 0.5 - entries) / spread) / 2 for g in range(1, most))
+        groups = sum(more) - math.expm1(-n)
+        return blocks * (4 * (BASE_WORDS + 1) + GROUP * (2 + bits / 8) * groups)
+
+    return min(map(bytes_with, FILLER))
 
 
 @register
@@ -97,7 +132,8 @@ class DeltaCSR(SparseWeight):
         return GROUP * max(groups.values()), BASE_WORDS * blocks * rows + index
 
     def _used(self) -> tuple[int, ...]:
-        *_, groups, bits = np.moveaxis(np.asarray(self.offsets).astype(np.int64), -1, 0)
+        offsets = np.asarray(self.offsets).astype(np.int64)
+        groups, bits = offsets[..., -2], offsets[..., -1]
         items = self.offsets.shape[-1] - 2
         index = BASE_WORDS * items + 4 * bits * groups
         return int(index.sum()), 0, GROUP * int(groups.sum())

@@ -22,8 +22,8 @@ from jax import lax
 from jax_flashllm import _flashllm
 from jax_flashllm.formats import bitmap, delta_csr
 from jax_flashllm.formats.bitmap import Bitmap
-from jax_flashllm.formats.delta_csr import BASE_WORDS, GROUP, DeltaCSR
-from jax_flashllm.formats.weight import VECTOR, check_free, smaller_format
+from jax_flashllm.formats.delta_csr import BASE_WORDS, GROUP, DeltaCSR, smaller_format
+from jax_flashllm.formats.weight import VECTOR, check_free
 
 _MOST_NONZEROS = 1 << 35  # of a shard: offsets count vectors in 32 bits
 

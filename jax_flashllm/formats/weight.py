@@ -383,36 +383,3 @@ def check_dense(dense, shards: int | tuple[int, int]) -> tuple[int, int]:
             f"blocks and column blocks, the latter up to K = {shape[1]}"
         )
     return int(blocks[0]), int(blocks[1])
-
-
-def smaller_format(density: float, columns: int) -> Literal["bitmap", "delta_csr"]:
-    """The format that takes fewer bytes for a shard with so many columns, nonzeros spread evenly.
-
-    A bitmap's row takes 2 bytes a nonzero, 1/8 a column, and alignment.
-    """
-    bitmap = 2 * density * columns + columns * 1.02 / 8
-    return "delta_csr" if delta_csr_row_bytes(density, columns) < bitmap else "bitmap"
-
-
-def delta_csr_row_bytes(density: float, columns: int) -> float:
-    """What a row of a Delta-CSR shard takes in the mean, nonzeros spread evenly.
-
-    In each of its blocks 68 bytes, and 320 (codes of 4 bits) or 384 a group of 128 entries:
-    nonzeros, whose number varies from row to row, and fillers, one for each whole 15 or 127 columns
-    of a gap.
-    """
-    blocks = -(-columns // 12288)
-    n, zero = density * columns / blocks, 1 - density
-    spread = math.sqrt(2 * n * zero) + 1e-9
-
-    def bytes_with(filler: int, group: int) -> float:
-        gaps = n + math.expm1(-n)
-        entries = n + (gaps * zero ** (filler - 1) / (1 - zero**filler) if n else 0)
-        most = int((entries + 6 * spread) / 128) + 1
-        # A group is there where the entries are more than all before it hold, the first where
-        # there are any.
-        more = (math.erfc((128 * g + 0.5 - entries) / spread) / 2 for g in range(1, most))
-        groups = sum(more) - math.expm1(-n)
-        return blocks * (68 + group * groups)
-
-    return min(bytes_with(15, 320), bytes_with(127, 384))
